@@ -1,0 +1,40 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export MPLBACKEND ?= agg
+export UV_SYSTEM_CERTS ?= true
+
+help:  ## what can be made
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed: make PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "venv is missing (on Debian: apt-get install python3-venv)"; exit 1; }
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+setup: $(STAMP)  ## the environment only (.venv)
+
+run: $(STAMP)  ## every notebook headless, then the headline table
+	@$(BIN)/cfol-nb run
+
+test: $(STAMP)  ## ruff, pytest, nbval; trained runs go to a folder of their own
+	@$(BIN)/ruff check .
+	@set -e; runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; export CFOL_NB_RUNS="$$runs"; \
+	$(BIN)/python -m pytest; \
+	$(BIN)/python -m pytest -q --nbval --nbval-current-env notebooks
+
+lab: $(STAMP)  ## JupyterLab
+	@$(BIN)/jupyter lab --KernelManager.transport_encryption=auto notebooks
+
+bench: $(STAMP)  ## speed, as ratios in one run
+	@for b in benchmarks/*.py; do $(BIN)/python $$b || exit 1; done
+
+store: $(STAMP)  ## renew the stored runs in notebooks/
+	@$(BIN)/cfol-nb run --store
+
+.PHONY: help setup run test lab bench store

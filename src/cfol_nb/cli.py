@@ -1,0 +1,200 @@
+"""The command line: `cfol-nb run | train | fetch | list`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="How robust is the class that is worst off? Class-wise robust accuracy, and CFOL.",
+)
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    bad = [t for t in texts if "=" not in t or t.startswith("=")]
+    if bad:
+        raise ValueError(f"{bad[0]!r} is not of the form name=value")
+    return dict(t.split("=", 1) for t in texts)
+
+
+def _sentence(error: ValidationError) -> str:
+    """Pydantic's report on one line, each field with what is wrong."""
+    parts = []
+    for e in error.errors():
+        where = ".".join(map(str, e["loc"]))
+        what = e["msg"].removeprefix("Value error, ")
+        if e["type"] == "extra_forbidden":
+            from cfol_nb.config import RunConfig
+
+            what = f"there is no such setting (known: {', '.join(RunConfig.model_fields)})"
+        parts.append(
+            f"{where}: {what}"
+            + (f", got {e['input']!r}" if e["type"] not in ("missing", "value_error", "extra_forbidden") else "")
+        )
+    return "; ".join(dict.fromkeys(parts))
+
+
+@app.command()
+def run(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NOTEBOOK]...", help="Paths, names or numbers (04); all if none.")
+    ] = None,
+    parameters: Annotated[
+        list[str],
+        typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="A parameter of the notebook; may be repeated."),
+    ] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="Folder of the executed notebooks; default runs/notebooks.")] = None,
+    store: Annotated[
+        bool, typer.Option("--store", help="Renew the stored runs in notebooks/ (defaults only).")
+    ] = False,
+) -> None:
+    """Run notebooks headless, and print where they lie and their headlines.
+
+    Example: cfol-nb run 04 -p seeds=5 -p "dataset=imagefolder:data/cifar10" -p eps=8/255
+    """
+    from cfol_nb import headless
+
+    given = _pairs(parameters)
+    if store and given:
+        raise ValueError("--store keeps the run with the notebook's own defaults: leave out -p")
+    sources = [headless.find(n) for n in names] if names else headless.notebooks()
+    for source in sources:
+        headless.typed(source, given)  # all are checked before the first one starts
+    done = []
+    for source in sources:
+        start = time.perf_counter()
+        typer.echo(f"{source.name} ...", err=True)
+        if store:
+            headless.store(source)
+        else:
+            done.append(headless.run(source, out / source.name if out else None, given))
+        typer.echo(f"{source.name}: {time.perf_counter() - start:.0f} s", err=True)
+    for path in done:
+        for text in headless.headlines(path):
+            typer.echo(f"\n{path.stem}\n{text.rstrip()}")
+    if done:
+        typer.echo("\nExecuted notebooks:\n" + "\n".join(f"  {p}" for p in done))
+
+
+@app.command()
+def train(
+    dataset: Annotated[str, typer.Option(help="See `cfol-nb list`.")] = "digits",
+    method: Annotated[str, typer.Option(help="How classes are treated.")] = "cfol",
+    objective: Annotated[str, typer.Option(help="What is minimised.")] = "at",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs with seed 0, 1, ...")] = 1,
+    settings: Annotated[
+        list[str],
+        typer.Option(
+            "-s",
+            "--set",
+            metavar="NAME=VALUE",
+            help=("Any setting of RunConfig, for example epochs=10, eps=8/255, model.width=16, method.drift=100."),
+        ),
+    ] = [],  # noqa: B006
+) -> None:
+    """Train (or load) runs and print the class-wise table of the last weights.
+
+    Example: cfol-nb train --method cfol --objective trades --seeds 3 -s epochs=20 -s method.drift=100
+    """
+    from cfol_nb.config import RunConfig
+    from cfol_nb.headless import parse
+    from cfol_nb.runs import compute
+    from cfol_nb.stats import class_table, headline, last_attack, weakest
+
+    values: dict = {"dataset": dataset, "method": {"name": method}, "objective": {"name": objective}}
+    for name, text in _pairs(settings).items():
+        key, _, inner = name.partition(".")
+        value = text if key in ("dataset",) else parse(text)
+        if inner:
+            held = values.setdefault(key, RunConfig(dataset=dataset).model_dump().get(key))
+            if not isinstance(held, dict):
+                raise ValueError(f"{key} takes no options, so {name} means nothing")
+            held[inner] = value
+        else:
+            values[key] = value
+    runs = compute([RunConfig(**values | {"seed": values.get("seed", 0) + s}) for s in range(seeds)])
+    outcomes = [r.outcomes["last"] for r in runs]
+    for r in runs:
+        typer.echo(
+            f"{r.folder.name}: {r.provenance['seconds']['training']:.0f} s of training, "
+            f"weakest class under {last_attack(r.outcomes['last'])}: {weakest(r.outcomes['last'])}\n"
+            f"{class_table(r.outcomes['last']).round(3).to_string(index=False)}\n"
+        )
+    typer.echo(
+        f"last weights, per cent [95 % interval], {len(runs)} run(s)\n"
+        f"{headline({f'{method} {objective}': outcomes}).T.to_string(header=False)}"
+        f"\n\nStored in {runs[0].folder.parent}"
+    )
+
+
+@app.command()
+def fetch(dataset: Annotated[str, typer.Argument(help="One of torchvision's data sets in `cfol-nb list`.")]) -> None:
+    """Download a data set into data/ and decode it."""
+    from cfol_nb.config import choose
+    from cfol_nb.data import SOURCES, load
+
+    data = load(choose("data set to fetch", dataset, SOURCES), download=True)
+    typer.echo(
+        f"{dataset}: {len(data.train)} training and {len(data.test)} test images, {len(data.class_names)} classes"
+    )
+
+
+@app.command(name="list")
+def list_() -> None:
+    """Data sets, models, objectives, methods, attacks and stored runs, with their options."""
+    from cfol_nb.attacks import LOSSES
+    from cfol_nb.data import DATASETS
+    from cfol_nb.methods import METHODS
+    from cfol_nb.models import MODELS
+    from cfol_nb.objectives import OBJECTIVES
+    from cfol_nb.runs import stored
+
+    def table(title: str, entries: dict, hidden: set[str]) -> None:
+        typer.echo(f"\n{title}")
+        for name, make in entries.items():
+            taken = [
+                f"{k}={p.default!r}"
+                for k, p in inspect.signature(make).parameters.items()
+                if k not in hidden and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            ]
+            text = (inspect.getdoc(make) or "").split("\n\n")[0].split(". ")[0].replace("\n", " ").rstrip(".")
+            typer.echo(f"  {name:16} {text}" + (f"  [{', '.join(taken)}]" if taken else ""))
+
+    typer.echo("data sets\n  " + ", ".join(DATASETS))
+    table("models", MODELS, {"num_classes", "channels"})
+    table("objectives", OBJECTIVES, set())
+    table("methods", METHODS, {"labels", "num_classes", "seed", "examples"})
+    typer.echo(
+        f"\nattacks\n  pgd in norm linf or l2 with loss {', '.join(LOSSES)}; "
+        "options eps, step, steps, restarts, random_start"
+    )
+    typer.echo(f"\nstored runs: {len(stored())}")
+    for folder in stored():
+        typer.echo(f"  {folder.name}")
+
+
+def main() -> None:
+    """The console script: an error is one sentence on stderr and a non-zero exit."""
+    try:
+        app()
+    except KeyboardInterrupt as stop:
+        typer.echo(str(stop) or "stopped", err=True)
+        sys.exit(130)
+    except ValidationError as error:
+        typer.echo(f"error: {_sentence(error)}", err=True)
+        sys.exit(2)
+    except (ValueError, FileNotFoundError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except (RuntimeError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)

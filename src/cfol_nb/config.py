@@ -1,0 +1,192 @@
+"""What defines a run. No torch here: a configuration can be read, checked and hashed anywhere."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def choose(kind: str, name: str, known: Iterable[str]) -> str:
+    """`name` if it is known. Raises ValueError with the nearest names otherwise."""
+    known = sorted(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(str(name), known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})")
+
+
+def options(kind: str, spec: Mapping[str, Any], table: Mapping[str, Callable], given: Iterable[str] = ()) -> dict:
+    """The options of `spec` for `table[spec["name"]]`, refused if that callable does not take them.
+
+    `given`: argument names that the program supplies itself, so a user may not.
+    """
+    make = table[choose(kind, spec["name"], table)]
+    rest = {k: v for k, v in spec.items() if k != "name"}
+    known = [
+        k
+        for k, p in inspect.signature(make).parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and k not in {"self", *given}
+    ]
+    for key in rest:
+        if key not in known:
+            raise ValueError(f"{kind} {spec['name']!r} has no option {key!r}; it takes: {', '.join(known) or 'none'}")
+    return rest
+
+
+def check_radius(eps: float, norm: str) -> float:
+    """A radius in the unit of images in [0, 1]. Raises ValueError for a negative one, or an L-inf one above 1."""
+    if not eps >= 0 or (norm == "linf" and eps > 1) or eps == float("inf"):
+        raise ValueError(
+            f"eps={eps:g} is not a radius for images in [0, 1]: use 0 to 1 for linf"
+            + (f" (did you mean {eps:g}/255?)" if 1 < eps <= 255 else ", a finite number >= 0 for l2")
+        )
+    return eps
+
+
+def _spec(value: Any) -> Any:
+    """'cfol' and {"name": "cfol"} mean the same."""
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, Mapping) and not isinstance(value.get("name"), str):
+        raise ValueError(f"{dict(value)} names nothing: give a name, or {{'name': ..., option: ...}}")
+    return value
+
+
+def _plain(value: dict) -> dict:
+    json.dumps(value)  # refuses what could not be stored
+    return value
+
+
+Spec = Annotated[dict[str, Any], BeforeValidator(_spec), AfterValidator(_plain)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Attack(_Strict):
+    """PGD as an evaluation: see `cfol_nb.attacks.pgd`. FGSM is steps=1, step=eps, random_start=False."""
+
+    eps: float
+    step: float = Field(gt=0)
+    steps: int = Field(ge=1)
+    norm: Literal["linf", "l2"] = "linf"
+    loss: Literal["ce", "margin", "kl"] = "ce"
+    restarts: int = Field(1, ge=1)
+    random_start: bool = True
+
+    @model_validator(mode="after")
+    def _radius(self):
+        check_radius(self.eps, self.norm)
+        return self
+
+
+class Imbalance(_Strict):
+    """Long-tail subsampling: the largest class keeps all, the smallest 1/factor of it."""
+
+    kind: Literal["exp", "step"] = "exp"
+    factor: float = Field(ge=1)
+
+
+class Schedule(_Strict):
+    """Learning rate over the run: 'onecycle' (up for 30 %, down to zero), 'cosine', 'step' (x factor at milestones)."""
+
+    name: Literal["onecycle", "cosine", "step"]
+    milestones: tuple[float, ...] = (0.5, 0.75)  # fractions of the run
+    factor: float = 0.1
+
+    def __call__(self, progress: float) -> float:
+        """Factor on the peak learning rate when `progress` in [0, 1) of the run is done."""
+        if self.name == "onecycle":
+            return progress / 0.3 if progress < 0.3 else (1 - progress) / 0.7
+        if self.name == "cosine":
+            import math
+
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return self.factor ** sum(progress >= m for m in self.milestones)
+
+
+# What a data set is usually trained with; every value can be given instead.
+_COLUMNS = ("model", "eps", "epochs", "batch_size", "lr", "dtype", "holdout")
+_DIGITS = dict(zip(_COLUMNS, ("smallcnn", 0.15, 40, 64, 0.2, "float64", 0.1), strict=True))
+_IMAGES = dict(zip(_COLUMNS, ("preactresnet18", 8 / 255, 30, 128, 0.1, "float32", 0.2), strict=True))
+
+
+class RunConfig(_Strict):
+    """All that defines a run: the same values on the same device give the same bytes.
+
+    Fields without a default here take the data set's: digits train a small CNN in float64 at an L-inf radius of 0.15
+    for 40 epochs of batches of 64, image data sets a PreActResNet-18 in float32 at 8/255 for 30 epochs.
+    """
+
+    # data
+    dataset: str = "digits"
+    image_size: int | None = Field(None, ge=8, description="resize to this side; None: as stored")
+    split_seed: int = Field(0, ge=0, description="seed of every split made here")
+    holdout: float = Field(gt=0, lt=1, description="stratified part of the training split, for selection")
+    train_limit: int | None = Field(None, ge=1, description="images per class, before the hold-out is taken")
+    test_limit: int | None = Field(None, ge=1, description="test images per class")
+    imbalance: Imbalance | None = None
+    crop: int | None = Field(None, ge=0, description="random crop after padding by so many pixels; None: data set's")
+    flip: bool | None = Field(None, description="random horizontal flip; None: data set's")
+    # what is trained
+    model: Spec
+    objective: Spec = Field(default_factory=lambda: {"name": "at"})
+    method: Spec = Field(default_factory=lambda: {"name": "erm"})
+    # training attack
+    norm: Literal["linf", "l2"] = "linf"
+    eps: float = Field(description="radius in the unit of images in [0, 1]")
+    step: float = Field(gt=0, description="attack step; default eps / 4")
+    steps: int = Field(7, ge=1)
+    # optimisation
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    schedule: Annotated[Schedule, BeforeValidator(_spec)] = Schedule(name="onecycle")
+    dtype: Literal["float64", "float32", "bfloat16"]
+    # selection and evaluation
+    select: Literal["mean", "worst"] = "mean"
+    validate_every: int = Field(1, ge=1, description="epochs between two looks at the held-out split")
+    attacks: dict[str, Attack] = Field(description="evaluation attacks by name; default PGD-20 at the training radius")
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        values = {**(_DIGITS if values.get("dataset", "digits") == "digits" else _IMAGES), **values}
+        try:
+            eps = float(values["eps"])
+        except (TypeError, ValueError):
+            return values  # refused below, with the field's name
+        values.setdefault("step", eps / 4 or 1.0)
+        values.setdefault(
+            "attacks", {"pgd20": {"eps": eps, "step": eps / 8 or 1.0, "steps": 20, "norm": values.get("norm", "linf")}}
+        )
+        return values
+
+    @model_validator(mode="after")
+    def _check(self):
+        check_radius(self.eps, self.norm)
+        if "clean" in self.attacks:
+            raise ValueError("the attack name 'clean' is taken: clean images are always evaluated")
+        return self
+
+    def key(self) -> str:
+        """Canonical text of the values that are not defaults: a new field with a default changes no key."""
+        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+
+    def hash(self) -> str:
+        """16 hexadecimal digits: the run's identity."""
+        return hashlib.sha256(self.key().encode()).hexdigest()[:16]

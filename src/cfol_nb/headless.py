@@ -1,0 +1,161 @@
+"""Run notebooks without a browser: parameters are checked first, the output takes its name only when every cell ran."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from pydantic import TypeAdapter, ValidationError
+from traitlets.config import Config
+
+from cfol_nb.config import choose
+from cfol_nb.files import ROOT, runs_dir
+
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "None": None}
+
+
+class NotebookFailed(RuntimeError):
+    """A cell failed or the kernel died; the partial notebook holds what ran, with the traceback."""
+
+
+def notebooks() -> list[Path]:
+    """The project's notebooks, in order."""
+    return sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def find(name: str) -> Path:
+    """A notebook by path, file name, or the number it starts with."""
+    path = Path(name)
+    if path.exists():
+        return path
+    known = {p.stem: p for p in notebooks()}
+    match = [p for stem, p in known.items() if stem == path.stem or stem.startswith(f"{name}_")]
+    return match[0] if match else known[choose("notebook", name, known)]
+
+
+def parse(text: str) -> Any:
+    """JSON, a Python literal, or arithmetic on numbers such as 8/255."""
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
+
+    def value(node) -> Any:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div | ast.Mult):
+            a, b = value(node.left), value(node.right)
+            return a / b if isinstance(node.op, ast.Div) else a * b
+        return ast.literal_eval(node)
+
+    try:
+        return value(ast.parse(text, mode="eval").body)
+    except (ValueError, SyntaxError, TypeError, ZeroDivisionError):
+        return text
+
+
+def _type(annotation: str, default: str):
+    """The type of a parameter from its annotation, or else from its default."""
+    if annotation and annotation != "None":
+        return eval(annotation, {"__builtins__": {}}, TYPES)
+    return type(parse(default))
+
+
+def typed(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters in the types that the notebook's parameters cell states; text is read as a value of that type.
+
+    Raises ValueError for a notebook without such a cell, an unknown name, or a value of another type.
+    """
+    known = papermill.inspect_notebook(str(path))
+    if not known:
+        raise ValueError(f"{path.name} has no cell tagged 'parameters'")
+    out = {}
+    for name, raw in given.items():
+        spec = known[choose(f"parameter of {path.name}", name, known)]
+        kind = _type(spec["inferred_type_name"], spec["default"])
+        value = parse(raw) if isinstance(raw, str) and kind is not str else raw
+        try:
+            out[name] = TypeAdapter(kind).validate_python(value, strict=True)
+        except ValidationError as error:
+            wanted = getattr(kind, "__name__", str(kind))
+            raise ValueError(
+                f"parameter {name}={raw} of {path.name}: {wanted} is needed, as in {spec['default']}"
+            ) from error
+    return out
+
+
+@contextlib.contextmanager
+def _progress_on_terminal() -> Iterator[None]:
+    """Kernels draw their bars on the terminal, if there is one, and never into the notebook."""
+    before = os.environ.get("CFOL_NB_PROGRESS")
+    os.environ["CFOL_NB_PROGRESS"] = before or (os.ttyname(2) if sys.stderr.isatty() else "off")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CFOL_NB_PROGRESS"]
+
+
+def run(source: Path, target: Path | None = None, parameters: Mapping[str, Any] | None = None) -> Path:
+    """Execute a notebook into `target` (by default runs/notebooks/) and return where it lies.
+
+    Raises ValueError for bad parameters before a kernel starts, NotebookFailed when a cell fails or the kernel dies.
+    """
+    source = Path(source)
+    parameters = typed(source, parameters or {})
+    target = Path(target) if target else runs_dir() / "notebooks" / source.name
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"{source} would overwrite itself: give another target")
+    part = target.with_name(f"{target.stem}.partial.ipynb")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    config = Config()
+    config.KernelManager.transport_encryption = "auto"
+    try:
+        with _progress_on_terminal():
+            nb = papermill.execute_notebook(
+                str(source),
+                str(part),
+                parameters=parameters,
+                kernel_name="python3",
+                language="python",
+                cwd=os.getcwd(),
+                progress_bar=False,
+                autosave_cell_every=30,
+                coalesce_streams=True,
+                config=config,
+            )
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise NotebookFailed(f"{source.name} stopped: {lines[-1]} (what ran, and the traceback: {part})") from error
+    if skipped := [
+        i for i, c in enumerate(nb.cells) if c.cell_type == "code" and c.source.strip() and c.execution_count is None
+    ]:
+        raise NotebookFailed(f"{source.name} stopped: cells {skipped} never ran (what ran: {part})")
+    os.replace(part, target)
+    return target
+
+
+def headlines(path: Path) -> list[str]:
+    """Texts that the cells tagged 'headline' of an executed notebook printed or showed."""
+    out = []
+    for cell in nbformat.read(path, 4).cells:
+        if "headline" in cell.metadata.get("tags", []):
+            out += [o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.outputs]
+    return [text for text in out if text]
+
+
+def store(source: Path) -> None:
+    """Run a notebook with its defaults and keep the result, cleaned of times, as the stored run in `notebooks/`."""
+    executed = nbformat.read(run(source), 4)
+    for cell in executed.cells:
+        for key in ("papermill", "execution", "ExecuteTime"):
+            cell.metadata.pop(key, None)
+    executed.metadata.pop("papermill", None)
+    executed.metadata.pop("widgets", None)
+    nbformat.write(executed, source)

@@ -1,0 +1,63 @@
+"""Given what each class suffered, how shall the next step treat it? One file per family of methods."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from torch import Tensor, nn
+
+from cfol_nb.samplers import Shuffle
+
+METHODS: dict[str, type[Method]] = {}
+
+
+class Method(nn.Module):
+    """Plain empirical risk minimisation; subclasses turn what they need. Buffers are the state.
+
+    labels: (N,) int64 of the training images. num_classes: K. seed: of the draws. examples: how many the whole run
+    will see, counting repeats. Whatever else `__init__` takes are the method's options.
+    """
+
+    def __init__(self, labels: Tensor, num_classes: int, seed: int = 0, examples: int = 0):
+        super().__init__()
+        self.num_classes = num_classes
+        self.sampler: nn.Module = Shuffle(len(labels), seed)
+
+    def draw(self, n: int) -> Tensor:
+        """(n,) int64: the indices of the next batch."""
+        return self.sampler.draw(n)
+
+    def radius(self, y: Tensor) -> Tensor | None:
+        """(n,) factors on the attack's radius and step; None for 1."""
+        return None
+
+    def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
+        """Losses (n,) to the scalar that is minimised."""
+        return losses.mean()
+
+    def after_step(self, index: Tensor, y: Tensor, logits: Tensor) -> None:
+        """What the batch suffered: its logits (n, K), before the step. Never waits for the device."""
+
+    def after_epoch(self, epoch: int, report: dict[str, Tensor]) -> None:
+        """Class accuracies (K,) on the held-out split under the keys "clean" and "robust"."""
+
+    def trace(self) -> dict[str, Tensor]:
+        """What is worth noting each epoch, indexed by class: name -> (K,)."""
+        return {}
+
+
+def register(name: str):
+    """Make `method={"name": name, ...}` build the decorated `Method`."""
+
+    def add(cls: type[Method]) -> type[Method]:
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+register("erm")(Method)
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,416 @@
+"""The run store: a run is a value of its configuration; it is loaded if it is there, else computed, once.
+
+A run's folder under runs/store/ holds `run.json` (configuration, history, integer counts), `outcomes.safetensors`,
+`weights.safetensors` and `provenance.json`. `run.json` is written last: without it the run is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from cfol_nb.config import RunConfig
+from cfol_nb.data import fingerprint, prepare
+from cfol_nb.evaluate import Outcomes, evaluate
+from cfol_nb.files import ROOT, Corrupt, bar, read_json, read_tensors, runs_dir, write_json, write_tensors
+from cfol_nb.methods import METHODS
+from cfol_nb.models import MODELS, build
+from cfol_nb.stats import counts
+from cfol_nb.train import check, new_model, train
+
+WEIGHTS = ("last", "selected")
+
+
+class RunsFailed(RuntimeError):
+    """Some runs failed; the message names each with its reason. `runs`: those that did not, which are stored."""
+
+    def __init__(self, reasons: dict[str, str], runs: list[Run]):
+        self.runs = runs
+        super().__init__(
+            f"{len(reasons)} of {len(reasons) + len(runs)} runs failed, the others are stored:\n"
+            + "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. outcomes: on the test split, for the "last" and the "selected" weights."""
+
+    config: RunConfig
+    folder: Path
+    history: list[dict]
+    selected_epoch: int
+    outcomes: dict[str, Outcomes]
+    provenance: dict
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """A stored run. Raises FileNotFoundError if it is not whole, Corrupt if a file was damaged."""
+        stored = read_json(folder / "run.json")
+        tensors, meta = read_tensors(folder / "outcomes.safetensors")
+        outcomes = {
+            w: Outcomes.from_tensors({k.removeprefix(f"{w}."): v for k, v in tensors.items()}, meta) for w in WEIGHTS
+        }
+        return cls(
+            RunConfig.model_validate(stored["config"]),
+            folder,
+            stored["history"],
+            stored["selected_epoch"],
+            outcomes,
+            read_json(folder / "provenance.json"),
+        )
+
+    def model(self, which: str = "selected") -> nn.Module:
+        """The trained network on the CPU, in eval mode; which: "last" or "selected"."""
+        tensors, meta = read_tensors(self.folder / "weights.safetensors")
+        state = {k.removeprefix(f"{which}."): v for k, v in tensors.items() if k.startswith(f"{which}.")}
+        model = build(**meta["build"], **self.config.model)
+        model = model.double() if self.config.dtype == "float64" else model
+        model.load_state_dict(state)
+        return model.eval()
+
+    def curve(self, name: str) -> pd.DataFrame:
+        """A trace by epoch (rows) and class (columns): "p", or the held-out accuracies "clean" and "robust"."""
+        rows = {
+            e["epoch"]: np.array(e[name]) / (np.array(e["n"]) if name in ("clean", "robust") else 1)
+            for e in self.history
+            if name in e
+        }
+        if not rows:
+            raise KeyError(f"the history of {self.folder.name} has no {name!r} (it has: {', '.join(self.history[-1])})")
+        return pd.DataFrame.from_dict(rows, orient="index", columns=self.outcomes["last"].class_names).rename_axis(
+            "epoch"
+        )
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with its device decided."""
+    if config.device == "auto":
+        return config.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
+    return config
+
+
+def folder_of(config: RunConfig) -> Path:
+    """Where the run of a configuration lies: its hash, which for a folder of images includes the folder's state."""
+    config = resolve(config)
+    key = hashlib.sha256((config.key() + fingerprint(config.dataset)).encode()).hexdigest()[:16]
+    words = (Path(config.dataset).name, config.objective["name"], config.method["name"], f"s{config.seed}", key)
+    return runs_dir() / "store" / "-".join(words)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one process at a time is inside for a folder; the system frees the lock of a process that died."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# -- provenance --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def code_hash() -> str:
+    """Of the source that decides a run's numbers."""
+    here = Path(__file__).parent
+    files = [here / f"{m}.py" for m in ("attacks", "data", "evaluate", "models", "objectives", "samplers", "train")]
+    return hashlib.sha256(
+        b"".join(f.read_bytes() for f in [*files, *sorted((here / "methods").glob("*.py"))])
+    ).hexdigest()[:16]
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def provenance(device: str) -> dict:
+    """What a reader needs to know where numbers come from."""
+    status = _git("status", "--porcelain")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "code": code_hash(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+# -- computing ---------------------------------------------------------------------------------------------------------
+
+
+def _work(
+    config_json: str, folder: str, checkpoint_every: int = 1, report: Callable[[int, int], None] | None = None
+) -> None:
+    """Compute one run into its folder, unless another process did so in the meantime."""
+    config, path = RunConfig.model_validate_json(config_json), Path(folder)
+    threads = torch.get_num_threads()
+    if config.dtype == "float64" and config.device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        with _alone(path):
+            if not (path / "run.json").exists():
+                _compute(config, path, checkpoint_every, report or _Progress(path / "progress"))
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Progress:
+    """Steps done and in all, in a file that the process which shows the bar reads."""
+
+    def __init__(self, path: Path):
+        self.path, self.next = path, 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() >= self.next:
+            self.path.write_text(f"{done} {total}")
+            self.next = time.monotonic() + 0.5
+
+    @staticmethod
+    def read(path: Path) -> float:
+        try:
+            done, total = path.read_text().split()
+            return int(done) / int(total)
+        except (OSError, ValueError):
+            return 0.0
+
+
+def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Callable[[int, int], None]) -> None:
+    start = time.perf_counter()
+    origin = provenance(config.device)
+    train_images, held, data = prepare(config)
+    checkpoint = folder / "checkpoint.safetensors"
+    trained = train(
+        config,
+        train_images,
+        held,
+        crop=data.crop,
+        flip=data.flip,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        progress=report,
+    )
+    training = time.perf_counter() - start
+
+    model, found = new_model(config, train_images).to(config.device), {}
+    for which in WEIGHTS:
+        model.load_state_dict(getattr(trained, which))
+        found[which] = evaluate(
+            model, data.test.images, data.test.labels, config.attacks, class_names=data.class_names, seed=config.seed
+        )
+    write_tensors(
+        folder / "outcomes.safetensors",
+        {f"{w}.{k}": v for w, o in found.items() for k, v in o.tensors().items()},
+        found["last"].meta(),
+    )
+    write_tensors(
+        folder / "weights.safetensors",
+        {f"{w}.{k}": v for w in WEIGHTS for k, v in getattr(trained, w).items()},
+        {"build": {"num_classes": len(data.class_names), "channels": data.test.images.shape[1]}},
+    )
+    write_json(
+        folder / "provenance.json",
+        {
+            **origin,
+            "seconds": {"training": round(training, 2), "evaluation": round(time.perf_counter() - start - training, 2)},
+        },
+    )
+    write_json(
+        folder / "run.json",
+        {
+            "config": config.model_dump(mode="json"),
+            "history": trained.history,
+            "selected_epoch": trained.selected_epoch,
+            "classes": list(data.class_names),
+            "n": counts(found["last"], "clean")[1].tolist(),
+            "correct": {w: {a: counts(o, a)[0].tolist() for a in o.predictions} for w, o in found.items()},
+        },
+    )
+    for leftover in (checkpoint, folder / "progress"):
+        leftover.unlink(missing_ok=True)
+
+
+def _start_worker(devices) -> None:
+    """In a local process: one device of its own, and an end when its parent has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if devices is not None:
+        torch.cuda.set_device(devices.get())
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)  # a training run writes its checkpoint first
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _main_not_imported() -> Iterator[None]:
+    """New processes do not import the user's script, so that it needs no `if __name__ == "__main__"`."""
+    main = sys.modules["__main__"]
+    saved = {k: main.__dict__.pop(k) for k in ("__file__", "__spec__") if k in main.__dict__}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__dict__.update(saved)
+
+
+def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
+    """Local processes for these runs, or None if they are better computed here, one after another.
+
+    On the CPU in float64 one process of one thread per core; otherwise a run on the CPU has all cores, so that its
+    numbers do not depend on how many runs were asked for; on CUDA one process per device.
+    """
+    makers = [table[spec["name"]] for c in configs for table, spec in ((MODELS, c.model), (METHODS, c.method))]
+    if not all(m.__module__.startswith("cfol_nb.") for m in makers):
+        return None  # registered by the user's own code, which a new process lacks
+    cuda = any(c.device == "cuda" for c in configs)
+    limit = (
+        torch.cuda.device_count()
+        if cuda
+        else (len(os.sched_getaffinity(0)) if all(c.dtype == "float64" for c in configs) else 1)
+    )
+    workers = min(limit, len(configs))
+    if workers < 2:
+        return None
+    context = multiprocessing.get_context("spawn")
+    devices = context.Queue() if cuda else None
+    for i in range(workers if cuda else 0):
+        devices.put(i)
+    return ProcessPoolExecutor(workers, context, _start_worker, (devices,))
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, checkpoint_every: int = 1) -> list[Run]:
+    """The runs of these configurations, in order: stored ones are loaded, missing ones computed in parallel.
+
+    executor: any `concurrent.futures.Executor` whose workers see the same run store; by default local processes.
+    checkpoint_every: epochs between two checkpoints (0: none), from which an interrupted run goes on.
+    Everything is checked before work starts: ValueError or FileNotFoundError for what cannot run. A run that fails does
+    not stop the others: RunsFailed at the end names the reasons, and holds the runs that are whole.
+    """
+    configs = [resolve(c) for c in configs]
+    for config in configs:
+        check(config)
+    folders = {c.key(): folder_of(c) for c in configs}
+    missing = {k: c for c in configs if not (folders[k := c.key()] / "run.json").exists()}
+    for config in {(c.dataset, c.image_size): c for c in missing.values()}.values():
+        prepare(config)  # refuse bad data now, and decode once, not in every process
+    reasons: dict[str, str] = {}
+    if missing:
+        with bar(len(missing), "runs", "run") as progress:
+            reasons = _compute_missing(missing, folders, executor, checkpoint_every, progress)
+    runs = []
+    for key in (c.key() for c in configs):
+        if key not in reasons:
+            runs.append(Run.load(folders[key]))
+    stale = sorted({r.folder.name for r in runs if r.provenance["code"] != code_hash()})
+    if stale:
+        warnings.warn(
+            f"{len(stale)} stored runs were computed by other code than this (for example {stale[0]}): "
+            "delete their folders to compute them anew",
+            stacklevel=2,
+        )
+    if reasons:
+        raise RunsFailed({folders[k].name: v for k, v in reasons.items()}, runs)
+    return runs
+
+
+def _compute_missing(
+    missing: dict[str, RunConfig], folders: dict[str, Path], executor: Executor | None, checkpoint_every: int, progress
+) -> dict[str, str]:
+    """Computes; returns the reasons of those that failed."""
+
+    def work(key: str, *extra) -> tuple:
+        return missing[key].model_dump_json(), str(folders[key]), checkpoint_every, *extra
+
+    own = executor is None
+    if own and (executor := _pool(list(missing.values()))) is None:
+        reasons = {}
+        for i, key in enumerate(missing):
+
+            def show(done: int, total: int, i=i) -> None:
+                progress.n = round(i + done / total, 3)
+                progress.refresh() if time.monotonic() - progress.last_print_t > 1 or done == total else None
+
+            try:
+                _work(*work(key, show))
+            except Exception as error:
+                reasons[key] = _reason(error)
+        return reasons
+
+    reasons, todo = {}, list(missing)
+    try:
+        for attempt in (1, 2):
+            with _main_not_imported() if own else contextlib.nullcontext():
+                futures: dict[Future, str] = {executor.submit(_work, *work(key)): key for key in todo}
+            todo, waiting = [], set(futures)
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    error, key = future.exception(), futures[future]
+                    if isinstance(error, BrokenProcessPool) and own and attempt == 1:
+                        todo.append(key)  # a process died, perhaps another run's: once more, from its checkpoint
+                    elif error is not None:
+                        reasons[key] = _reason(error)
+                progress.n = round(
+                    sum(
+                        1.0 if (folders[k] / "run.json").exists() else _Progress.read(folders[k] / "progress")
+                        for k in missing
+                    ),
+                    3,
+                )
+                progress.refresh()
+            if not todo:
+                break
+            executor = _pool([missing[k] for k in missing])
+    except BaseException:
+        for process in list(getattr(executor, "_processes", None) or {}).copy() if own else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+        raise
+    finally:
+        if own:
+            executor.shutdown(wait=True, cancel_futures=True)
+    return reasons
+
+
+def stored() -> list[Path]:
+    """Folders of the runs that are whole."""
+    return sorted(p.parent for p in (runs_dir() / "store").glob("*/run.json"))
+
+
+__all__ = ["Corrupt", "Run", "RunsFailed", "compute", "folder_of", "stored"]

@@ -1,0 +1,245 @@
+"""Exp3 over classes (CFOL) and over examples (FOL), batched and on the device; no model, no loss.
+
+Both are `torch.utils.data.Sampler`s, so they work alone in any `DataLoader` loop, and `nn.Module`s, so that
+`.to(device)` moves their state and `state_dict()` saves it, the random generator included.
+
+Neither `draw` nor `update` loops over examples or waits for the device. The 0-1 losses given to `update` must belong to
+the oldest draws not yet accounted for: each is divided by the probability that held *when it was drawn*, also when a
+`DataLoader` has drawn ahead.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+
+class _Stateful(nn.Module, Sampler):
+    """Indices 0..n-1 from a generator that `state_dict()` carries."""
+
+    def __init__(self, n: int, seed: int, device):
+        super().__init__()
+        self.n = n
+        self.generator = torch.Generator(device or "cpu").manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def get_extra_state(self) -> dict:
+        return {"generator": self.generator.get_state()}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.generator.set_state(state["generator"].cpu())
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        device = next(self.buffers()).device
+        if device != self.generator.device:  # a generator cannot move; start one there from the same seed
+            self.generator = torch.Generator(device).manual_seed(self.generator.initial_seed())
+        return self
+
+
+class Shuffle(_Stateful):
+    """Passes over 0..n-1 in random order, without replacement, in full batches (the rest of a pass is skipped)."""
+
+    def __init__(self, n: int, seed: int = 0, device=None):
+        super().__init__(n, seed, device)
+        self.register_buffer("order", torch.arange(n, device=device))
+        self.next = n
+
+    def draw(self, n: int) -> Tensor:
+        if n > self.n:
+            raise ValueError(f"a batch of {n} is larger than the {self.n} images there are")
+        if self.next + n > self.n:
+            self.order = torch.randperm(self.n, generator=self.generator, device=self.order.device)
+            self.next = 0
+        self.next += n
+        return self.order[self.next - n : self.next]
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(self.n, generator=self.generator, device=self.order.device).tolist()
+
+    def get_extra_state(self) -> dict:
+        return {**super().get_extra_state(), "next": self.next}
+
+    def set_extra_state(self, state: dict) -> None:
+        super().set_extra_state(state)
+        self.next = state["next"]
+
+
+class _Exp3(_Stateful):
+    """What the two samplers share: parameters, and the account of draws whose loss is still to come."""
+
+    def __init__(self, n: int, gamma: float, eta: float, seed: int, device, block: int):
+        super().__init__(n, seed, device)
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma={gamma} is not in [0, 1]: it is the share of uniform draws")
+        if not 0 <= eta < float("inf"):
+            raise ValueError(f"eta={eta} is not a finite number >= 0")
+        self.gamma, self.eta, self.block = gamma, eta, block
+        self._drawn: deque[list] = deque()  # [losses seen, draws, what recalls their probability] of each block
+
+    def draw(self, n: int) -> Tensor:
+        """(n,) int64 indices from the current distribution, with replacement."""
+        self._drawn.clear()
+        return self._draw(n)
+
+    def __iter__(self) -> Iterator[int]:
+        """As many indices as there are examples, drawn `block` at a time from the then current distribution."""
+        self._drawn.clear()
+        for start in range(0, self.n, self.block):
+            yield from self._draw(min(self.block, self.n - start)).tolist()
+
+    def _probability(self, arm: Tensor) -> Tensor:
+        """(n,) float64: the probability with which the n oldest open draws fell on `arm`."""
+        parts, start = [], 0
+        while start < len(arm) and self._drawn:
+            drawn = self._drawn[0]
+            take = min(len(arm) - start, drawn[1] - drawn[0])
+            part = arm if take == len(arm) else arm[start : start + take]
+            parts.append(self._recall(drawn[2], part, drawn[0]))
+            start += take
+            drawn[0] += take
+            if drawn[0] == drawn[1]:
+                self._drawn.popleft()
+        if start < len(arm):  # not drawn here: the current distribution
+            parts.append(self._current(arm[start:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @torch.no_grad()
+    def update(self, arm: Tensor, wrong: Tensor, p: Tensor | float | None = None) -> None:
+        """w[arm] += eta * wrong / p, summed over the batch (Algorithm 1, lines 4-5 of the CFOL submission).
+
+        arm: (n,) int64, the label (`ClassSampler`) or index (`ExampleSampler`) of each example.
+        wrong: (n,) in [0, 1], the 0-1 loss of the adversarial prediction, at the parameters before the step.
+        p: the probability that the example was drawn with; by default that of the oldest draws still open.
+        """
+        if len(arm) != len(wrong):
+            raise ValueError(f"{len(arm)} examples and {len(wrong)} losses: one loss per example is needed")
+        p = self._probability(arm) if p is None else p
+        self._add(arm, self.eta * wrong.to(self.w.device, torch.float64) / p)
+
+
+class ClassSampler(_Exp3):
+    """CFOL: draw a class from p = gamma / K + (1 - gamma) softmax(w), then an example of it uniformly.
+
+    labels: (N,) integers in 0..K-1, every class present. gamma: mixing in [0, 1]. eta: step size *per example*; what
+    carries over between sizes is eta times the examples seen in the whole run (the drift). num_classes: K, by default
+    the largest label + 1. block: how many indices iterating draws at a time (your batch size is best).
+    Raises ValueError for a label out of range and for an empty class.
+
+    Pethick, Chrysos, Cevher (TMLR 2023), Algorithm 1 of the submission; w has the sign plus, a class with loss gains.
+    """
+
+    def __init__(
+        self,
+        labels,
+        gamma: float = 0.5,
+        eta: float = 5e-6,
+        num_classes: int | None = None,
+        seed: int = 0,
+        device=None,
+        block: int = 128,
+    ):
+        labels = torch.as_tensor(labels).to("cpu", torch.int64)
+        if labels.ndim != 1 or not len(labels):
+            raise ValueError(f"labels of shape {tuple(labels.shape)}: a non-empty vector is needed")
+        k = int(labels.max()) + 1 if num_classes is None else num_classes
+        if int(labels.min()) < 0 or int(labels.max()) >= k:
+            raise ValueError(f"label {int(labels.min() if labels.min() < 0 else labels.max())} is not in 0..{k - 1}")
+        count = torch.bincount(labels, minlength=k)
+        if not count.all():
+            raise ValueError(f"class {int((count == 0).nonzero()[0])} has no examples: nothing could be drawn from it")
+        super().__init__(len(labels), gamma, eta, seed, device, block)
+        self.num_classes = k
+        self.register_buffer("w", torch.zeros(k, dtype=torch.float64, device=device))
+        self.register_buffer("count", count.to(device))
+        self.register_buffer("start", (count.cumsum(0) - count).to(device))
+        self.register_buffer("order", labels.argsort(stable=True).to(device))
+
+    @property
+    def p(self) -> Tensor:
+        """(K,) float64: the distribution that the next draw uses."""
+        return torch.softmax(self.w, 0).mul_(1 - self.gamma).add_(self.gamma / self.num_classes)
+
+    def _current(self, arm: Tensor) -> Tensor:
+        return self.p.index_select(0, arm)
+
+    @staticmethod
+    def _recall(p: Tensor, arm: Tensor, start: int) -> Tensor:
+        return p.index_select(0, arm)
+
+    def _draw(self, n: int) -> Tensor:
+        p = self.p
+        self._drawn.append([0, n, p])
+        u = torch.rand(2, n, dtype=torch.float64, generator=self.generator, device=p.device)
+        y = torch.searchsorted(p.cumsum(0), u[0], right=True).clamp_(max=self.num_classes - 1)
+        inside = (u[1] * self.count.index_select(0, y)).long()  # u < 1, so this stays below the count
+        return self.order.index_select(0, inside.add_(self.start.index_select(0, y)))
+
+    def _add(self, arm: Tensor, gain: Tensor) -> None:
+        self.w.index_put_((arm,), gain, accumulate=True)
+
+
+class ExampleSampler(_Exp3):
+    """FOL: Exp3 over the N examples, p_i = gamma / N + (1 - gamma) exp(w_i) / sum_j exp(w_j).
+
+    size: N, or anything that has a length (the labels). The weights lie in a binary tree of log-sums, so that a batch
+    of n costs O(n log N) to draw and to update, whatever N is. `update` takes the indices that were drawn.
+
+    Shalev-Shwartz and Wexler (2016), in the form that the CFOL submission compares with.
+    """
+
+    def __init__(self, size, gamma: float = 0.5, eta: float = 5e-7, seed: int = 0, device=None, block: int = 128):
+        n = size if isinstance(size, int) else len(size)
+        if n < 1:
+            raise ValueError("no examples: nothing could be drawn")
+        super().__init__(n, gamma, eta, seed, device, block)
+        self.depth = (n - 1).bit_length()
+        leaves = torch.full((1 << self.depth,), -torch.inf, dtype=torch.float64)
+        leaves[:n] = 0
+        levels = [leaves]
+        while len(levels[0]) > 1:
+            levels.insert(0, torch.logaddexp(levels[0][0::2], levels[0][1::2]))
+        # heap order: node i has the children 2i and 2i + 1, the root is 1, leaf j is 2^depth + j
+        self.register_buffer("tree", torch.cat([torch.full((1,), -torch.inf, dtype=torch.float64), *levels]).to(device))
+
+    @property
+    def w(self) -> Tensor:
+        """(N,) float64 log-weights."""
+        return self.tree[1 << self.depth :][: self.n]
+
+    @property
+    def p(self) -> Tensor:
+        """(N,) float64: the distribution that the next draw uses."""
+        return self._current(slice(None))
+
+    def _current(self, arm) -> Tensor:
+        return self.gamma / self.n + (1 - self.gamma) * (self.w[arm] - self.tree[1]).exp()
+
+    @staticmethod
+    def _recall(p: Tensor, arm: Tensor, start: int) -> Tensor:
+        return p[start : start + len(arm)]
+
+    def _draw(self, n: int) -> Tensor:
+        device = self.tree.device
+        u = torch.rand(self.depth + 2, n, dtype=torch.float64, generator=self.generator, device=device)
+        node = torch.ones(n, dtype=torch.int64, device=device)
+        for level in range(self.depth):
+            left = 2 * node
+            node = left + (u[level] >= (self.tree[left] - self.tree[node]).exp())
+        weighted = node - (1 << self.depth)
+        index = torch.where(u[-1] < self.gamma, (u[-2] * self.n).long(), weighted)
+        self._drawn.append([0, n, self._current(index)])
+        return index
+
+    def _add(self, arm: Tensor, gain: Tensor) -> None:
+        node = arm + (1 << self.depth)
+        self.tree.index_put_((node,), gain, accumulate=True)
+        for _ in range(self.depth):
+            node = node >> 1  # twice in a batch: twice the same value
+            self.tree[node] = torch.logaddexp(self.tree[2 * node], self.tree[2 * node + 1])

@@ -1,0 +1,254 @@
+"""One training loop for every method and objective; it can be stopped after any step and goes on to the same result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cfol_nb.attacks import pgd
+from cfol_nb.config import RunConfig, options
+from cfol_nb.data import ImageSet, augment
+from cfol_nb.evaluate import as_float, evaluate
+from cfol_nb.files import Corrupt, read_tensors, write_tensors
+from cfol_nb.methods import METHODS, Method
+from cfol_nb.models import MODELS, build
+from cfol_nb.objectives import OBJECTIVES
+from cfol_nb.stats import counts
+
+
+def check(config: RunConfig) -> None:
+    """Raises ValueError, before any work, for a model, objective or method that is unknown or has no such option."""
+    options("model", config.model, MODELS, given=("num_classes", "channels"))
+    options("objective", config.objective, OBJECTIVES)
+    options("method", config.method, METHODS, given=("labels", "num_classes", "seed", "examples"))
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda', but torch sees no CUDA device: use device='cpu' or 'auto'")
+
+
+def new_model(config: RunConfig, data: ImageSet) -> nn.Module:
+    """The untrained network of a run, in its type, with the data set's normalisation."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build(
+            num_classes=len(data.class_names),
+            channels=data.images.shape[1],
+            **dict(zip(("mean", "std"), data.statistics(), strict=True)),
+            **config.model,
+        )
+    return model.double() if config.dtype == "float64" else model
+
+
+@dataclass
+class Trained:
+    """Weights after the last step and at the epoch that was selected; history: one dict per epoch.
+
+    An entry has epoch, loss (mean), lr, and, where the held-out split was looked at, n, clean and robust: images and
+    correct predictions per class; and what the method traces, for CFOL p.
+    """
+
+    last: dict[str, Tensor]
+    selected: dict[str, Tensor]
+    selected_epoch: int
+    history: list[dict]
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM arrived; the checkpoint was written, and the same call goes on from there."""
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them (only a main thread can)."""
+    got: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield got
+        return
+    old = {s: signal.signal(s, lambda number, _: got.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield got
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+def _flatten(tree, path: str, tensors: dict[str, Tensor]):
+    """JSON with tensors moved to `tensors` and replaced by their names."""
+    if torch.is_tensor(tree):
+        tensors[path] = tree
+        return {"tensor": path}
+    if isinstance(tree, dict):
+        return {"items": [[k, _flatten(v, f"{path}/{k}", tensors)] for k, v in tree.items()]}
+    if isinstance(tree, list | tuple):
+        return {"list": [_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(tree)]}
+    return {"value": tree}
+
+
+def _unflatten(tree: dict, tensors: dict[str, Tensor]):
+    ((kind, value),) = tree.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "items":
+        return {k: _unflatten(v, tensors) for k, v in value}
+    if kind == "list":
+        return [_unflatten(v, tensors) for v in value]
+    return value
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().clone() for k, v in state.items()}
+
+
+def train(
+    config: RunConfig,
+    images: ImageSet,
+    held: ImageSet,
+    *,
+    crop: int = 0,
+    flip: bool = False,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trained:
+    """Train on `images`, select on `held`.
+
+    checkpoint: a file that is written every `checkpoint_every` epochs (0: never) and when the run is stopped, and from
+    which it goes on if it is there. progress: called with (steps done, steps in all).
+    Raises Stopped after Ctrl-C or SIGTERM, Corrupt for a damaged or foreign checkpoint, FloatingPointError if the loss
+    is no longer finite, ValueError for a batch larger than the split.
+    """
+    check(config)
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    batch, n = config.batch_size, len(images)
+    per_epoch = n // batch  # full batches only: shapes never change
+    if not per_epoch:
+        raise ValueError(f"batch_size={batch} is larger than the training split of {n} images")
+    total, k = per_epoch * config.epochs, len(images.class_names)
+
+    model = new_model(config, images).to(device)
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    objective = OBJECTIVES[config.objective["name"]](**options("objective", config.objective, OBJECTIVES))
+    method: Method = METHODS[config.method["name"]](
+        images.labels, k, seed=config.seed, examples=total * batch, **options("method", config.method, METHODS)
+    ).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    pixels, labels = images.images.to(device), images.labels.to(device)
+    low_precision = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+    step, history, best = 0, [], (-1.0, 0)  # best: held-out score, epoch
+    selected = _copy(model.state_dict())
+    sum_loss = torch.zeros((), dtype=dtype, device=device)
+
+    def save() -> None:
+        tensors: dict[str, Tensor] = {}
+        tree = _flatten(
+            {
+                "model": model.state_dict(),
+                "selected": selected,
+                "method": method.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+                "step": step,
+                "history": json.dumps(history),
+                "best": best,
+                "sum_loss": sum_loss,
+            },
+            "",
+            tensors,
+        )
+        write_tensors(checkpoint, tensors, {"key": config.key(), "tree": tree})
+
+    if checkpoint and checkpoint.exists():
+        tensors, meta = read_tensors(checkpoint)
+        if meta.get("key") != config.key():
+            raise Corrupt(f"{checkpoint} belongs to another run; delete it to start anew")
+        state = _unflatten(meta["tree"], tensors)
+        model.load_state_dict(state["model"])
+        method.load_state_dict(state["method"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        selected, step, best = state["selected"], state["step"], tuple(state["best"])
+        history, sum_loss = json.loads(state["history"]), state["sum_loss"].to(device)
+
+    def attack(x: Tensor, y: Tensor) -> Tensor:
+        if objective.attack_loss is None:
+            return x
+        factor = method.radius(y)
+        eps, size = (config.eps, config.step) if factor is None else (config.eps * factor, config.step * factor)
+        return pgd(
+            model, x, y, eps, size, config.steps, config.norm, objective.attack_loss, generator=generator, check=False
+        )
+
+    with _listening() as signals:
+        model.train()
+        while step < total:
+            lr = config.lr * config.schedule(step / total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            index = method.draw(batch)
+            x, y = as_float(augment(pixels[index], crop, flip, generator), dtype, device), labels[index]
+            with low_precision:
+                x_adv = attack(x, y)
+                losses, logits = objective(model, x, x_adv, y)
+            loss = method.reduce(losses, y, logits)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            method.after_step(index, y, logits.detach())  # the loss at the parameters before the step
+            optimizer.step()
+            sum_loss += losses.detach().mean()
+            step += 1
+
+            if step % per_epoch == 0:
+                epoch = step // per_epoch
+                entry = {"epoch": epoch, "loss": sum_loss.item() / per_epoch, "lr": lr}
+                if not torch.isfinite(sum_loss):
+                    raise FloatingPointError(
+                        f"the loss is not finite in epoch {epoch}: lower lr={config.lr} "
+                        f"or the method's step size ({config.method})"
+                    )
+                sum_loss.zero_()
+                if epoch % config.validate_every == 0 or step == total:
+                    outcomes = evaluate(
+                        model,
+                        held.images,
+                        held.labels,
+                        {
+                            "robust": {
+                                "eps": config.eps,
+                                "step": config.step,
+                                "steps": config.steps,
+                                "norm": config.norm,
+                            }
+                        },
+                        seed=epoch,
+                    )
+                    right = {a: counts(outcomes, a)[0] for a in ("clean", "robust")}
+                    size = counts(outcomes, "clean")[1]
+                    accuracy = torch.from_numpy(right["robust" if objective.attack_loss else "clean"] / size)
+                    score = float(accuracy.min() if config.select == "worst" else accuracy.mean())
+                    if score > best[0]:
+                        best, selected = (score, epoch), _copy(model.state_dict())
+                    entry |= {"n": size.tolist(), **{a: c.tolist() for a, c in right.items()}}
+                    method.after_epoch(epoch, {a: torch.from_numpy(c / size).to(device) for a, c in right.items()})
+                entry |= {name: value.tolist() for name, value in method.trace().items()}
+                history.append(entry)
+                if checkpoint and checkpoint_every and epoch % checkpoint_every == 0:
+                    save()
+            if progress:
+                progress(step, total)
+            if signals:
+                if checkpoint and checkpoint_every:
+                    save()
+                raise Stopped(
+                    f"stopped by {signal.Signals(signals[0]).name} after step {step} of {total}"
+                    + ("; the same command goes on from there" if checkpoint and checkpoint_every else "")
+                )
+    return Trained(_copy(model.state_dict()), selected, best[1], history)
