@@ -26,7 +26,7 @@ test: $(STAMP)  ## ruff, pytest, nbval; trained runs go to a folder of their own
 	@$(BIN)/ruff check .
 	@set -e; runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; export CFOL_NB_RUNS="$$runs"; \
 	$(BIN)/python -m pytest; \
-	$(BIN)/python -m pytest -q --nbval --nbval-current-env notebooks
+	$(BIN)/python -m pytest --nbval --nbval-current-env notebooks
 
 lab: $(STAMP)  ## JupyterLab
 	@$(BIN)/jupyter lab --KernelManager.transport_encryption=auto notebooks

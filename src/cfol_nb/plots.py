@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from cfol_nb.evaluate import Outcomes
-from cfol_nb.stats import accuracies, class_table, last_attack, summary, wilson
+from cfol_nb.stats import _listed, accuracies, class_table, last_attack, summary, wilson
 
 sns.set_theme(
     style="whitegrid",
@@ -27,10 +27,6 @@ sns.set_theme(
 CLEAN, ROBUST = "#b8c4d0", "#c0392b"
 
 
-def _several(outcomes: Outcomes | Sequence[Outcomes]) -> list[Outcomes]:
-    return [outcomes] if isinstance(outcomes, Outcomes) else list(outcomes)
-
-
 def class_accuracies(
     groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str | None = None, order_by: str | None = None
 ) -> Figure:
@@ -39,7 +35,7 @@ def class_accuracies(
     A point is the mean over runs. The bar is Wilson's 95 % interval for the test images of the class, at that mean: it
     says how far another test set could move the point.
     """
-    groups = {k: _several(v) for k, v in groups.items()}
+    groups = {k: _listed(v) for k, v in groups.items()}
     first = groups[order_by or next(iter(groups))]
     attack = attack or last_attack(first[0])
     order = np.argsort(np.mean([accuracies(o, attack) for o in first], 0))
@@ -116,43 +112,46 @@ def life_of_p(p: pd.DataFrame, top: int = 3) -> Figure:
     return fig
 
 
-def trade(
-    groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str | None = None, statistic: str = "worst"
-) -> Figure:
+def trade(groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str | None = None) -> Figure:
     """Mean against worst class under attack: a large point per group with its 95 % intervals, a small one per run."""
-    fig, ax = plt.subplots(figsize=(7, 4.6))
-    colours = sns.color_palette("deep", len(groups))
-    centres = []
-    for (label, several), colour in zip(groups.items(), colours, strict=True):
-        several = _several(several)
-        table = summary(several, attack)
-        each = np.array([[a.mean(), a.min()] for a in (accuracies(o, attack) for o in several)])
-        m, w = table.loc["mean"], table.loc[statistic]
-        ax.plot(*each.T, "o", color=colour, alpha=0.35, ms=4)
+    fig, ax = plt.subplots(figsize=(8, 4.8))
+    colours = dict(zip(groups, sns.color_palette("deep", len(groups)), strict=True))
+    ends = []
+    for label, several in groups.items():
+        table, colour = summary(several, attack), colours[label]
+        each = np.array([[a.mean(), a.min()] for a in (accuracies(o, attack) for o in _listed(several))])
+        m, w = table.loc["mean"], table.loc["worst"]
+        ax.plot(*each.T, "o", color=colour, alpha=0.4, ms=4, zorder=2)
         ax.errorbar(
             m.value,
             w.value,
+            xerr=[[max(m.value - m.low, 0)], [max(m.high - m.value, 0)]],
+            yerr=[[max(w.value - w.low, 0)], [max(w.high - w.value, 0)]],
             fmt="o",
             color=colour,
             ms=9,
             mec="white",
-            xerr=[[m.value - m.low], [m.high - m.value]],
-            yerr=[[w.value - w.low], [w.high - w.value]],
-            elinewidth=0.8,
-            alpha=0.95,
-            ecolor=(*colour, 0.45),
+            elinewidth=0.9,
+            ecolor=(*colour, 0.35),
+            zorder=3,
         )
-        centres.append((m.value, w.value, label, colour))
-    for i, (x, y, label, colour) in enumerate(sorted(centres, key=lambda c: c[1])):
-        side = 1 if i % 2 else -1  # neighbours in height are labelled on different sides
+        ends.append((w.value, m.value, label))
+    ax.set(xlabel="mean accuracy under attack", ylabel="worst class under attack")
+    ax.margins(0.08)
+    low, high = ax.get_ylim()
+    right, at = ax.get_xlim()[1], np.inf
+    for y, x, label in sorted(ends, reverse=True):  # labels in a column at the right, pushed apart
+        at = min(y, at - 0.07 * (high - low))
         ax.annotate(
             label,
             (x, y),
-            xytext=(8 * side, 5),
-            textcoords="offset points",
-            color=colour,
+            xytext=(right, at),
+            textcoords="data",
+            va="center",
+            color=colours[label],
             fontweight="bold",
-            ha="left" if side > 0 else "right",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": (*colours[label], 0.5), "lw": 0.8, "shrinkB": 5},
         )
-    ax.set(xlabel="mean accuracy under attack", ylabel="worst class under attack")
+    ax.set_ylim(min(low, at - 0.05 * (high - low)), high)
     return fig

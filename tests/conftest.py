@@ -1,0 +1,46 @@
+import os
+
+os.environ["CFOL_NB_PROGRESS"] = "off"
+
+import pytest
+import torch
+
+from cfol_nb.config import RunConfig
+from cfol_nb.data import load
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    """Every test has a run store and a data folder of its own."""
+    monkeypatch.setenv("CFOL_NB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CFOL_NB_DATA", str(tmp_path / "data"))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load("digits")
+
+
+@pytest.fixture
+def tiny():
+    """RunConfig of a run of a second: `tiny(seed=1, method="cfol")`."""
+    return lambda **given: RunConfig(**{"epochs": 2, "train_limit": 24, "test_limit": 6, "steps": 2, **given})
+
+
+class Linear(torch.nn.Module):
+    """Logits W x + b on flattened images, in float64."""
+
+    def __init__(self, pixels: int, classes: int, seed: int = 0):
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.weight = torch.nn.Parameter(torch.randn(classes, pixels, generator=g, dtype=torch.float64))
+        self.bias = torch.nn.Parameter(torch.randn(classes, generator=g, dtype=torch.float64))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight.T + self.bias
+
+
+@pytest.fixture
+def linear():
+    return Linear

@@ -1,0 +1,191 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cfol_nb.attacks import fgsm, kl, margin, pgd
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(16, 1, 6, 6, generator=generator(1), dtype=torch.float64)
+
+
+@pytest.fixture
+def labels():
+    return torch.randint(0, 2, (16,), generator=generator(2))
+
+
+@pytest.fixture
+def curved():
+    """A small network whose loss is not monotone along an attack, with a batch norm to notice modes."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(128, 4)
+    ).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(3)
+    return net
+
+
+@pytest.mark.parametrize("random_start", [True, False])
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_linf_reaches_the_optimum_of_a_linear_classifier_also_at_the_edges_of_the_box(
+    linear, images, labels, loss, random_start
+):
+    model, eps = linear(36, 2), 0.1
+    images = images.clone()
+    images[:4], images[4:8] = 0.0, 1.0
+    away = torch.sign(model.weight[1 - labels] - model.weight[labels]).view_as(images)
+    best = (images + eps * away).clamp(0, 1)
+    found = pgd(model, images, labels, eps, eps / 4, 12, loss=loss, random_start=random_start, generator=generator())
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-12)
+
+
+def test_l2_reaches_the_optimum_of_a_linear_classifier_inside_the_box(linear, labels):
+    model, eps = linear(36, 2), 0.2
+    images = torch.full((16, 1, 6, 6), 0.5, dtype=torch.float64)
+    d = (model.weight[1 - labels] - model.weight[labels]).view_as(images)
+    best = images + eps * d / d.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    found = pgd(model, images, labels, eps, eps / 4, 60, norm="l2", generator=generator())
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-6)
+
+
+def test_targeted_reaches_the_optimum_towards_the_target(linear, images, labels):
+    model, eps = linear(36, 2), 0.1
+    best = (images + eps * torch.sign(model.weight[labels] - model.weight[1 - labels]).view_as(images)).clamp(0, 1)
+    found = pgd(model, images, labels, eps, eps / 4, 12, targeted=True, generator=generator())
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("eps", [0.0, 0.07, "each"])
+def test_stays_in_ball_and_box(curved, images, norm, eps):
+    y = torch.randint(0, 4, (16,), generator=generator())
+    radius = torch.linspace(0, 0.5, 16, dtype=torch.float64) if eps == "each" else eps
+    for start in (True, False):
+        found = pgd(curved, images, y, radius, 0.05, 5, norm=norm, random_start=start, generator=generator())
+        assert found.min() >= 0
+        assert found.max() <= 1
+        d = (found - images).flatten(1)
+        size = d.abs().amax(1) if norm == "linf" else d.norm(dim=1)
+        assert (size <= torch.as_tensor(radius) + 1e-12).all()
+        assert not found.requires_grad
+
+
+def test_radius_per_example_is_the_radius_of_each_alone(curved, images):
+    y, radius = torch.arange(16) % 4, torch.linspace(0, 0.3, 16, dtype=torch.float64)
+    together = pgd(curved, images, y, radius, radius / 4, 6, random_start=False)
+    for i in range(16):
+        alone = pgd(
+            curved, images[i : i + 1], y[i : i + 1], float(radius[i]), float(radius[i]) / 4, 6, random_start=False
+        )
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-9)
+
+
+def test_leaves_modes_and_gradients_alone(curved, images):
+    curved.train()
+    curved[1].eval()  # a frozen batch norm must stay frozen
+    modes = [m.training for m in curved.modules()]
+    before = {k: v.clone() for k, v in curved.state_dict().items()}
+    marker = torch.ones_like(curved[0].weight)
+    curved[0].weight.grad = marker.clone()
+    pgd(curved, images, torch.arange(16) % 4, 0.1, 0.02, 3)
+    assert [m.training for m in curved.modules()] == modes
+    assert torch.equal(curved[0].weight.grad, marker)
+    assert curved[4].weight.grad is None
+    assert all(torch.equal(before[k], v) for k, v in curved.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_equals_foolbox_at_equal_steps(curved, images, norm):
+    foolbox = pytest.importorskip("foolbox")
+    curved.eval()
+    y = curved(images).argmax(1)
+    attack = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD}[norm](
+        abs_stepsize=0.05, steps=10, random_start=False
+    )
+    theirs, _, _ = attack(foolbox.PyTorchModel(curved, (0, 1)), images, y, epsilons=0.2)
+    ours = pgd(curved, images, y, 0.2, 0.05, 10, norm=norm, random_start=False)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    assert (ours - images).abs().max() > 0.04
+
+
+def test_best_is_the_highest_loss_on_the_way_for_every_image(curved, images):
+    y, steps = torch.arange(16) % 4, 7
+    way = [pgd(curved, images, y, 0.6, 0.4, k, random_start=False) for k in range(1, steps + 1)]
+    curved.eval()
+    losses = torch.stack([F.cross_entropy(curved(a), y, reduction="none") for a in [images, *way]])
+    found = pgd(curved, images, y, 0.6, 0.4, steps, random_start=False, best=True)
+    reached = F.cross_entropy(curved(found), y, reduction="none")
+    torch.testing.assert_close(reached, losses.amax(0), rtol=1e-12, atol=0)
+    assert (reached > losses[-1]).any()  # the last point is not the best for some: the test can fail
+
+
+def test_restarts_break_at_least_what_one_start_breaks(curved, images):
+    curved.eval()
+    y = curved(images).argmax(1)
+    once = curved(pgd(curved, images, y, 0.02, 0.01, 2, generator=generator())).argmax(1) != y
+    many = curved(pgd(curved, images, y, 0.02, 0.01, 2, generator=generator(), restarts=8)).argmax(1) != y
+    assert (once <= many).all()
+    assert many.sum() > once.sum()
+
+
+def test_fgsm_is_one_signed_step(linear, images, labels):
+    model = linear(36, 2)
+    x = images.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(x), labels), x)
+    torch.testing.assert_close(fgsm(model, images, labels, 0.1), (images + 0.1 * grad.sign()).clamp(0, 1))
+
+
+def test_margin_and_kl_are_their_formulas():
+    z, r, y = torch.randn(9, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64), torch.arange(9) % 5
+    for i in range(9):
+        others = [float(z[i, c]) for c in range(5) if c != y[i]]
+        assert margin(z, y)[i].item() == pytest.approx(max(others) - float(z[i, y[i]]))
+    p, q = (np.exp(a.numpy()) / np.exp(a.numpy()).sum(1, keepdims=True) for a in (r, z))
+    np.testing.assert_allclose(kl(r, z), (p * np.log(p / q)).sum(1), rtol=1e-12)
+
+
+def test_kl_attack_moves_the_prediction_and_needs_no_labels(curved, images):
+    curved.eval()
+    clean = curved(images).detach()
+    a, b = (pgd(curved, images, torch.full((16,), y), 0.2, 0.05, 5, loss="kl", generator=generator()) for y in (0, 3))
+    assert torch.equal(a, b)
+    noise = (images + 0.2 * (2 * torch.rand(images.shape, generator=generator(), dtype=torch.float64) - 1)).clamp(0, 1)
+    assert kl(clean, curved(a)).mean() > 2 * kl(clean, curved(noise)).mean()
+
+
+def test_random_l2_start_is_uniform_in_the_ball(linear):
+    """P(|d| <= r) = (r / eps)^dim: the radii to the power dim are uniform (Kolmogorov-Smirnov)."""
+    from scipy.stats import kstest
+
+    x, y = torch.full((4000, 1, 2, 2), 0.5, dtype=torch.float64), torch.zeros(4000, dtype=torch.int64)
+    found = pgd(linear(4, 2), x, y, 0.3, 0.0, 1, norm="l2", generator=generator())
+    assert kstest(((found - x).flatten(1).norm(dim=1) / 0.3).numpy() ** 4, "uniform").pvalue > 0.001
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"eps": 8}, "8/255"),
+        ({"eps": -0.1}, "not a radius"),
+        ({"eps": float("nan")}, "not a radius"),
+        ({"eps": torch.tensor([0.1] * 15 + [2.0])}, "not a radius"),
+        ({"norm": "l1"}, "linf"),
+        ({"loss": "dlr"}, "margin"),
+        ({"x": torch.rand(16, 1, 6, 6) * 255}, "normalise inside"),
+        ({"x": torch.zeros(16, 1, 6, 6, dtype=torch.uint8)}, "255"),
+        ({"x": torch.full((16, 1, 6, 6), float("nan"))}, r"\[0, 1\]"),
+        ({"eps": torch.rand(3)}, "one per image"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(linear, images, labels, change, says):
+    given = {"x": images, "y": labels, "eps": 0.1, "step": 0.02, "steps": 2, **change}
+    with pytest.raises(ValueError, match=says):
+        pgd(linear(36, 2), **given)

@@ -1,0 +1,180 @@
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch.utils.data import DataLoader, TensorDataset
+
+from cfol_nb.samplers import ClassSampler, ExampleSampler, Shuffle
+
+LABELS = torch.tensor([0] * 50 + [1] * 30 + [2] * 80 + [3] * 10)[
+    torch.randperm(170, generator=torch.Generator().manual_seed(0))
+]
+
+
+def exp3(arms: int, gamma: float, eta: float, batches) -> np.ndarray:
+    """Exp3 as Algorithm 1 states it, one example at a time: the distribution after the batches of (arm, loss)."""
+    w = np.zeros(arms)
+
+    def p():
+        q = np.exp(w - w.max())
+        return gamma / arms + (1 - gamma) * q / q.sum()
+
+    for batch in batches:
+        now = p()  # the whole batch was drawn from this
+        for arm, loss in batch:
+            w[arm] += eta * loss / now[arm]
+    return p()
+
+
+@pytest.mark.parametrize("kind", ["class", "example"])
+def test_follows_exp3(kind):
+    sampler = ClassSampler(LABELS, 0.3, 0.05) if kind == "class" else ExampleSampler(170, 0.3, 0.01)
+    rng, batches = np.random.default_rng(0), []
+    for _ in range(60):
+        index = sampler.draw(64)
+        arm = LABELS[index] if kind == "class" else index
+        wrong = torch.from_numpy(rng.random(64) < (0.2 + 0.2 * LABELS[index].numpy())).double()
+        sampler.update(arm, wrong)
+        batches.append(list(zip(arm.tolist(), wrong.tolist(), strict=True)))
+    want = exp3(len(sampler.p), sampler.gamma, sampler.eta, batches)
+    np.testing.assert_allclose(sampler.p.numpy(), want, rtol=1e-9)
+    assert want.max() > 2 / len(want)  # it did move away from uniform
+    assert sampler.p.min() >= sampler.gamma / len(want) - 1e-15
+    assert sampler.p.sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_class_draws_have_the_stated_frequencies():
+    sampler = ClassSampler(LABELS, 0.4, 0.1)
+    sampler.update(torch.tensor([3, 1, 3, 2]), torch.tensor([1.0, 0.5, 1.0, 0.2]))
+    index = sampler.draw(100_000)
+    p = sampler.p.numpy()
+    assert p.max() > 1.3 * p.min()
+    assert chisquare(np.bincount(LABELS[index], minlength=4), 100_000 * p).pvalue > 0.001
+    count = np.bincount(LABELS)  # within a class all examples are alike
+    assert chisquare(np.bincount(index, minlength=170), 100_000 * (p / count)[LABELS]).pvalue > 0.001
+
+
+@pytest.mark.parametrize("n", [1, 2, 13, 64, 100])
+def test_example_draws_have_the_stated_frequencies(n):
+    sampler = ExampleSampler(n, 0.4, 0.1, seed=3)
+    some = torch.arange(0, n, 3)
+    sampler.update(some, torch.full((len(some),), 1 / n).double())
+    sampler.update(torch.tensor([0, 0]), torch.full((2,), 1 / n).double())
+    p = sampler.p.numpy()
+    assert p.sum() == pytest.approx(1, abs=1e-12)
+    got = np.bincount(sampler.draw(50_000), minlength=n)
+    assert n == 1 or chisquare(got, 50_000 * p).pvalue > 0.001
+
+
+def test_loss_that_is_huge_does_not_overflow():
+    for sampler in (ClassSampler(LABELS, 0.5, 1e6), ExampleSampler(170, 0.5, 1e6)):
+        index = sampler.draw(32)
+        sampler.update(LABELS[index] if isinstance(sampler, ClassSampler) else index, torch.ones(32))
+        assert torch.isfinite(sampler.p).all()
+        assert sampler.p.sum().item() == pytest.approx(1)
+        sampler.draw(32)
+
+
+@pytest.mark.parametrize("kind", ["class", "example"])
+def test_prefetching_workers_do_not_change_the_weight(kind):
+    """A DataLoader draws ahead; each loss must still be divided by the p that its example was drawn with."""
+    n, eta, gamma, batch = 240, 0.05 if kind == "class" else 0.01, 0.5, 12
+    labels = torch.arange(n) % 4
+    sampler = (
+        ClassSampler(labels, gamma, eta, block=batch) if kind == "class" else ExampleSampler(n, gamma, eta, block=batch)
+    )
+    at_draw, plain = [], sampler._draw
+
+    def watched(k):
+        at_draw.append(sampler.p.clone())
+        return plain(k)
+
+    sampler._draw = watched
+    loader = DataLoader(
+        TensorDataset(torch.arange(n), labels), batch_size=batch, sampler=sampler, num_workers=2, prefetch_factor=3
+    )
+    arms = 4 if kind == "class" else n
+    right, naive, ahead, seen = np.zeros(arms), np.zeros(arms), 0, 0
+    for i, (index, y) in enumerate(loader):
+        arm, wrong = (y if kind == "class" else index), (y % 2 == 0).double()
+        ahead = max(ahead, len(at_draw) - i - 1)
+        for a, loss in zip(arm.tolist(), wrong.tolist(), strict=True):
+            right[a] += eta * loss / at_draw[i][a].item()
+            naive[a] += eta * loss / sampler.p[a].item()
+        sampler.update(arm, wrong)
+        seen += len(y)
+    assert seen == n == len(sampler)
+    assert ahead >= 3  # it did draw ahead
+    w = (sampler.w - sampler.w.min()).numpy()
+    np.testing.assert_allclose(w, right - right.min(), rtol=1e-9, atol=1e-12)
+    assert np.abs(right - naive).max() > 1e-3 * right.max()
+
+
+def test_a_batch_that_spans_two_blocks_uses_both_distributions():
+    sampler = ClassSampler(torch.tensor([0, 1]).repeat(8), 0.5, 0.3, block=4)
+    draws = iter(sampler)
+    first = [next(draws) for _ in range(4)]
+    before = sampler.p.clone()
+    sampler.update(torch.tensor(first[:2]) % 2, torch.ones(2))
+    after, second = sampler.p.clone(), [next(draws) for _ in range(2)]
+    w = sampler.w.clone()
+    arm = torch.tensor(first[2:] + second) % 2
+    sampler.update(arm, torch.ones(4))
+    p = torch.cat([before[arm[:2]], after[arm[2:]]])
+    want = w.index_add(0, arm, 0.3 / p)
+    torch.testing.assert_close(sampler.w, want, rtol=1e-12, atol=0)
+    assert not torch.equal(before, after)
+
+
+def test_permuting_the_classes_permutes_p():
+    order = torch.tensor([2, 0, 3, 1])
+    y, wrong = torch.tensor([0, 1, 1, 3, 2]), torch.tensor([1.0, 0.2, 0.7, 0.4, 0.0])
+    a, b = ClassSampler(LABELS, 0.5, 0.1), ClassSampler(order[LABELS], 0.5, 0.1)
+    a.update(y, wrong)
+    b.update(order[y], wrong)
+    torch.testing.assert_close(b.p[order], a.p, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ClassSampler(LABELS, eta=0.01), lambda: ExampleSampler(170, eta=0.01), lambda: Shuffle(170)]
+)
+def test_state_dict_carries_everything(make):
+    a, b = make(), make()
+    for _ in range(5):
+        index = a.draw(40)
+        if not isinstance(a, Shuffle):
+            a.update(LABELS[index] if isinstance(a, ClassSampler) else index, torch.ones(40))
+    b.load_state_dict(a.state_dict())
+    assert all(torch.equal(a.draw(40), b.draw(40)) for _ in range(6))
+
+
+def test_same_seed_same_draws_other_seed_others():
+    a, b, c = (ClassSampler(LABELS, seed=s).draw(50) for s in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_shuffle_is_a_permutation_in_full_batches():
+    sampler = Shuffle(100, seed=1)
+    for _ in range(3):
+        assert len(torch.unique(torch.cat([sampler.draw(30) for _ in range(3)]))) == 90
+    assert sorted(sampler) == list(range(100))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: ClassSampler(torch.tensor([0, 2])), "class 1 has no examples"),
+        (lambda: ClassSampler(torch.tensor([0, 5]), num_classes=3), "label 5 is not in 0..2"),
+        (lambda: ClassSampler(torch.tensor([-1, 0])), "label -1"),
+        (lambda: ClassSampler(torch.tensor([], dtype=torch.int64)), "non-empty"),
+        (lambda: ClassSampler(LABELS, gamma=1.5), "gamma=1.5"),
+        (lambda: ClassSampler(LABELS, eta=-1), "eta=-1"),
+        (lambda: ExampleSampler(0), "no examples"),
+        (lambda: Shuffle(10).draw(11), "larger than the 10"),
+        (lambda: ClassSampler(LABELS).update(torch.tensor([0, 1]), torch.ones(3)), "one loss per example"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()

@@ -1,0 +1,190 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import binom
+
+from cfol_nb import plots, stats
+from cfol_nb.evaluate import Outcomes, evaluate
+
+
+def outcomes(labels, right, k=None, wrong_to=1):
+    """Outcomes with one attack, right where `right`, else the next class."""
+    labels, right = np.asarray(labels), np.asarray(right, bool)
+    k = k or labels.max() + 1
+    return Outcomes(
+        labels,
+        {"clean": labels, "pgd": np.where(right, labels, (labels + wrong_to) % k)},
+        tuple(f"c{i}" for i in range(k)),
+        {"pgd": {}},
+    )
+
+
+def random_outcomes(seed, accuracy=(0.2, 0.9, 0.5, 0.7), n=50):
+    rng, labels = np.random.default_rng(seed), np.repeat(np.arange(len(accuracy)), n)
+    return outcomes(labels, rng.random(len(labels)) < np.array(accuracy)[labels])
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (60, 60), (93, 100), (1, 1000)])
+def test_wilson_is_its_formula(k, n):
+    z, p = 1.959963984540054, k / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    want = ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n))
+    assert stats.wilson(k, n) == pytest.approx(want, abs=1e-12)
+
+
+def test_class_table_counts_and_knows_absent_classes():
+    table = stats.class_table(outcomes([0, 0, 0, 1, 1], [1, 0, 1, 1, 1], k=3))
+    assert list(table.columns) == ["class", "n", "correct", "accuracy", "low", "high"]
+    assert table["n"].tolist() == [3, 2, 0]
+    assert table["correct"].tolist() == [2, 2, 0]
+    assert table["accuracy"][0] == 2 / 3
+    assert table.loc[2, ["accuracy", "low", "high"]].isna().all()
+    assert (stats.class_table(outcomes([0, 1], [0, 0]), "clean")["accuracy"] == 1).all()
+
+
+def test_agrees_with_torchmetrics_and_scikit_learn():
+    torchmetrics = pytest.importorskip("torchmetrics.functional")
+    from sklearn.metrics import confusion_matrix, recall_score
+
+    o = random_outcomes(3)
+    y, predicted = torch.from_numpy(o.labels), torch.from_numpy(o.predictions["pgd"])
+    theirs = torchmetrics.classification.multiclass_accuracy(predicted, y, 4, average=None)
+    np.testing.assert_allclose(stats.accuracies(o), theirs, rtol=1e-6)
+    np.testing.assert_array_equal(stats.confusion(o), confusion_matrix(o.labels, o.predictions["pgd"]))
+    np.testing.assert_allclose(stats.accuracies(o), recall_score(o.labels, o.predictions["pgd"], average=None))
+
+
+def test_statistics_of_known_accuracies():
+    a = np.array([0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.6, 0.4, 1.0])
+    assert stats.tail(a) == pytest.approx(0.15)
+    assert stats.tail(a, 0.05) == pytest.approx(0.1)
+    assert {k: float(f(a)) for k, f in stats.STATISTICS.items()} == pytest.approx(
+        {"mean": 0.55, "tail": 0.15, "worst": 0.1, "gap": 0.9, "std": math.sqrt(0.0825)}
+    )
+    assert stats.deviation(a).sum() == pytest.approx(0)
+    b = np.random.default_rng(0).random(10)
+    assert stats.deviation_cosine(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert math.isnan(stats.deviation_cosine(a, np.full(10, 0.3)))
+
+
+def test_both_readings_of_worst():
+    """Two runs with different weakest classes: the mean of the minima is below the minimum of the means."""
+    labels = np.repeat([0, 1], 10)
+    a = outcomes(labels, [1] * 2 + [0] * 8 + [1] * 10)
+    b = outcomes(labels, [1] * 10 + [1] * 4 + [0] * 6)
+    table = stats.summary([a, b])
+    assert table.loc["worst", "value"] == pytest.approx((0.2 + 0.4) / 2)
+    assert table.loc["worst_of_mean", "value"] == pytest.approx(min(0.6, 0.7))
+    assert (table["low"] <= table["value"]).all()
+    assert (table["value"] <= table["high"]).all()
+
+
+@pytest.mark.parametrize("accuracy", [np.full(5, 0.7), np.array([0.45, 0.8, 0.8, 0.8, 0.8])])
+def test_interval_of_the_minimum_covers_the_true_minimum(accuracy):
+    """Simulated: the basic bootstrap holds near its level where the percentile form fails when classes are equal."""
+    held = percentile = 0
+    for seed in range(120):
+        o = random_outcomes(seed, accuracy, 80)
+        row = stats.summary(o, draws=300).loc["worst"]
+        held += row["low"] <= accuracy.min() <= row["high"]
+        percentile += 2 * row["value"] - row["high"] <= accuracy.min() <= 2 * row["value"] - row["low"]
+    assert held >= 0.80 * 120
+    if np.ptp(accuracy) == 0:
+        assert percentile < 0.5 * 120
+
+
+def test_interval_of_the_mean_is_the_binomial_one():
+    o = random_outcomes(0, (0.5, 0.5), 400)
+    row = stats.summary(o, draws=4000).loc["mean"]
+    a = stats.accuracies(o)
+    half = 1.96 * math.sqrt((a * (1 - a) / 400).sum()) / 2
+    assert row["high"] - row["value"] == pytest.approx(half, rel=0.1)
+    assert row["value"] - row["low"] == pytest.approx(half, rel=0.1)
+
+
+def test_paired_difference_is_narrower_than_the_two_sides():
+    base = random_outcomes(1, (0.5, 0.6, 0.7), 200)
+    better = outcomes(base.labels, base.correct("pgd") | (np.random.default_rng(9).random(600) < 0.1))
+    table = stats.summary(better, versus=base)
+    alone = stats.summary(better)
+    assert table.loc["mean", "value"] == pytest.approx(
+        alone.loc["mean", "value"] - stats.summary(base).loc["mean", "value"]
+    )
+    assert table.loc["mean", "low"] > 0
+    width = table["high"] - table["low"]
+    assert width["mean"] < 0.6 * (alone.loc["mean", "high"] - alone.loc["mean", "low"])
+
+
+def test_mcnemar_and_holm_are_brute_force():
+    a, b = random_outcomes(1), random_outcomes(2)
+    table = stats.paired(a, b)
+    for c, row in table.iterrows():
+        here = a.labels == c
+        i = int((a.correct("pgd") & ~b.correct("pgd") & here).sum())
+        j = int((b.correct("pgd") & ~a.correct("pgd") & here).sum())
+        assert (row["only_a"], row["only_b"], row["n"]) == (i, j, 50)
+        p = sum(
+            binom.pmf(m, i + j, 0.5)
+            for m in range(i + j + 1)
+            if binom.pmf(m, i + j, 0.5) <= binom.pmf(i, i + j, 0.5) * (1 + 1e-9)
+        )
+        assert row["p"] == pytest.approx(min(p, 1))
+        assert row["difference"] == pytest.approx((i - j) / 50)
+    p = table["p"].to_numpy()
+    ranked = sorted(range(4), key=lambda i: p[i])
+    holm, top = {}, 0.0
+    for place, i in enumerate(ranked):
+        top = max(top, min(1.0, p[i] * (4 - place)))
+        holm[i] = top
+    assert table["p_holm"].tolist() == pytest.approx([holm[i] for i in range(4)])
+
+
+def test_permuting_class_labels_permutes_every_class_wise_number(linear):
+    model, g = linear(16, 4), torch.Generator().manual_seed(0)
+    x, y = torch.rand(80, 1, 4, 4, generator=g, dtype=torch.float64), torch.randint(0, 4, (80,), generator=g)
+    order = torch.tensor([2, 0, 3, 1])  # class c is called order[c]
+    other = linear(16, 4)
+    with torch.no_grad():
+        other.weight[order], other.bias[order] = model.weight.clone(), model.bias.clone()
+    attack = {"pgd": {"eps": 0.1, "step": 0.03, "steps": 4}}
+    a, b = evaluate(model, x, y, attack), evaluate(other, x, order[y], attack)
+    first, second = stats.class_table(a), stats.class_table(b)
+    assert 0 < first["correct"].sum() < 80
+    for column in ("n", "correct", "accuracy", "low", "high"):
+        np.testing.assert_array_equal(second[column].to_numpy()[order], first[column].to_numpy())
+    np.testing.assert_array_equal(stats.confusion(b)[np.ix_(order, order)], stats.confusion(a))
+
+
+def test_headline_and_weakest():
+    groups = {"A": [random_outcomes(0), random_outcomes(1)], "B": random_outcomes(2)}
+    table = stats.headline(groups)
+    assert list(table.index) == ["A", "B"]
+    assert list(table.columns) == [f"{a} {b}" for a in ("clean", "robust") for b in ("mean", "tail", "worst")]
+    assert table.loc["A", "robust mean"].startswith(f"{100 * stats.summary(groups['A']).loc['mean', 'value']:.1f} [")
+    assert stats.weakest(groups["A"]) == "c0"
+
+
+def test_runs_on_other_images_are_not_compared():
+    a, b = random_outcomes(0), random_outcomes(0, n=40)
+    for call in (lambda: stats.paired(a, b), lambda: stats.summary([a, b])):
+        with pytest.raises(ValueError, match="not of the same images"):
+            call()
+    with pytest.raises(KeyError, match="no attack 'aa'"):
+        stats.class_table(a, "aa")
+
+
+def test_figures_show_the_numbers():
+    groups = {"A": [random_outcomes(0), random_outcomes(1)], "B": [random_outcomes(2), random_outcomes(3)]}
+    fig = plots.class_accuracies(groups)
+    mean = np.mean([stats.accuracies(o) for o in groups["A"]], 0)
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == [f"c{i}" for i in np.argsort(mean)]
+    shown = [line.get_xdata() for line in fig.axes[0].lines if len(line.get_xdata()) == 4]
+    assert any(np.allclose(x, np.sort(mean)) for x in shown)
+    p = pd.DataFrame([[0.25] * 4, [0.1, 0.2, 0.3, 0.4]], columns=list("abcd"), index=[1, 2])
+    named = [t.get_text() for t in plots.life_of_p(p).axes[0].texts]
+    assert named[:3] == ["d", "c", "b"]
+    ax = plots.trade(groups).axes[0]
+    assert sorted(t.get_text() for t in ax.texts) == ["A", "B"]
