@@ -195,6 +195,6 @@ def main() -> None:
     except (ValueError, FileNotFoundError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ArithmeticError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -167,12 +167,13 @@ class RunConfig(_Strict):
             return values
         values = {**(_DIGITS if values.get("dataset", "digits") == "digits" else _IMAGES), **values}
         try:
-            eps = float(values["eps"])
+            eps = abs(float(values["eps"]))  # a negative one is refused below
         except (TypeError, ValueError):
             return values  # refused below, with the field's name
         values.setdefault("step", eps / 4 or 1.0)
         values.setdefault(
-            "attacks", {"pgd20": {"eps": eps, "step": eps / 8 or 1.0, "steps": 20, "norm": values.get("norm", "linf")}}
+            "attacks",
+            {"pgd20": {"eps": values["eps"], "step": eps / 8 or 1.0, "steps": 20, "norm": values.get("norm", "linf")}},
         )
         return values
 

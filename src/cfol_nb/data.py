@@ -231,7 +231,7 @@ def _decode(items: Iterable, open_image: Callable, side: int | None, label: str)
 
     first, _ = one(items[0])
     out, every_grey = np.empty((len(items), *first.shape), np.uint8), True
-    progress = bar(len(items), label, "image")
+    progress = bar(len(items), label)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, progress:
         for i, (array, grey) in enumerate(pool.map(one, items)):
             if array.shape != first.shape:

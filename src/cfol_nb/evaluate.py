@@ -70,7 +70,8 @@ def evaluate(
     images: (N, C, H, W) uint8, or floating point in [0, 1]. labels: (N,) int64.
     attacks: name -> options of `pgd` (eps, step, steps, norm, loss, restarts, random_start); by default PGD-20 with
     step 1/255 at L-inf 8/255. seed: of the random starts. progress: called with the number of images done at a time.
-    Raises ValueError for images outside [0, 1], labels that are no class of the model, or logits that are not finite.
+    Raises ValueError for images outside [0, 1] and labels that are no class of the model, FloatingPointError for logits
+    that are not finite.
     """
     if attacks is None:
         attacks = {"pgd20": {"eps": 8 / 255, "step": 1 / 255, "steps": 20}}
@@ -97,7 +98,7 @@ def evaluate(
                     f"but the model has {logits.shape[1]} outputs"
                 )
             if not logits.isfinite().all():
-                raise ValueError("the model's logits are not finite: it diverged, or its weights are damaged")
+                raise FloatingPointError("the model's logits are not finite: it diverged, or its weights are damaged")
             predictions["clean"].append(logits.argmax(1).cpu())
             for name, attack in attacks.items():
                 x_adv = pgd(model, x, y, generator=generators[name], check=False, **dict(attack))

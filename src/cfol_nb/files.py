@@ -108,18 +108,16 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, header["meta"]
 
 
-def bar(total: int, label: str, unit: str = "it"):
+def bar(total: int, label: str):
     """A tqdm bar with time left. CFOL_NB_PROGRESS: 'off', or a terminal that it is drawn on (headless notebooks)."""
     from tqdm import tqdm
     from tqdm.auto import tqdm as auto
 
-    where = os.environ.get("CFOL_NB_PROGRESS", "")
+    where, notebook = os.environ.get("CFOL_NB_PROGRESS", ""), "ipykernel" in sys.modules
+    show = {"total": total, "desc": label, "leave": False, "bar_format": "{l_bar}{bar}| {elapsed}<{remaining}"}
     if where.startswith("/dev/"):
-        try:
-            return tqdm(total=total, desc=label, unit=unit, file=open(where, "w"), leave=False)
-        except OSError:
-            where = "off"
-    notebook = "ipykernel" in sys.modules
-    return (auto if notebook else tqdm)(
-        total=total, desc=label, unit=unit, leave=False, disable=where == "off" or not (notebook or sys.stderr.isatty())
-    )
+        with contextlib.suppress(OSError):
+            return tqdm(file=open(where, "w"), **show)
+        where = "off"
+    hidden = where == "off" or not (notebook or sys.stderr.isatty())
+    return (auto if notebook else tqdm)(disable=hidden, **show)

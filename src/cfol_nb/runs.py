@@ -268,7 +268,9 @@ def _start_worker(devices) -> None:
 
     def follow() -> None:
         multiprocessing.parent_process().join()
-        os.kill(os.getpid(), signal.SIGTERM)  # a training run writes its checkpoint first
+        while True:  # the first stops a training run, which writes its checkpoint; the next ends the process
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
 
     threading.Thread(target=follow, daemon=True).start()
 
@@ -331,7 +333,7 @@ def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, c
         prepare(config)  # refuse bad data now, and decode once, not in every process
     reasons: dict[str, str] = {}
     if missing:
-        with bar(len(missing), "runs", "run") as progress:
+        with bar(len(missing), "runs") as progress:
             reasons = _compute_missing(missing, folders, executor, checkpoint_every, progress)
     runs = []
     for key in (c.key() for c in configs):
@@ -363,8 +365,7 @@ def _compute_missing(
         for i, key in enumerate(missing):
 
             def show(done: int, total: int, i=i) -> None:
-                progress.n = round(i + done / total, 3)
-                progress.refresh() if time.monotonic() - progress.last_print_t > 1 or done == total else None
+                progress.update(i + done / total - progress.n)
 
             try:
                 _work(*work(key, show))
@@ -386,14 +387,11 @@ def _compute_missing(
                         todo.append(key)  # a process died, perhaps another run's: once more, from its checkpoint
                     elif error is not None:
                         reasons[key] = _reason(error)
-                progress.n = round(
-                    sum(
-                        1.0 if (folders[k] / "run.json").exists() else _Progress.read(folders[k] / "progress")
-                        for k in missing
-                    ),
-                    3,
-                )
-                progress.refresh()
+                whole = [(folders[k] / "run.json").exists() for k in missing]
+                parts = [
+                    _Progress.read(folders[k] / "progress") for k, done in zip(missing, whole, strict=True) if not done
+                ]
+                progress.update(sum(whole) + sum(parts) - progress.n)
             if not todo:
                 break
             executor = _pool([missing[k] for k in missing])

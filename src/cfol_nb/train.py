@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from cfol_nb.attacks import pgd
 from cfol_nb.config import RunConfig, options
 from cfol_nb.data import ImageSet, augment
-from cfol_nb.evaluate import as_float, evaluate
+from cfol_nb.evaluate import Outcomes, as_float, evaluate
 from cfol_nb.files import Corrupt, read_tensors, write_tensors
 from cfol_nb.methods import METHODS, Method
 from cfol_nb.models import MODELS, build
@@ -187,6 +188,15 @@ def train(
             model, x, y, eps, size, config.steps, config.norm, objective.attack_loss, generator=generator, check=False
         )
 
+    def look(epoch: int) -> Outcomes:
+        """The held-out split, clean and under the training attack."""
+        against = {"eps": config.eps, "step": config.step, "steps": config.steps, "norm": config.norm}
+        try:
+            return evaluate(model, held.images, held.labels, {"robust": against}, seed=epoch)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{diverged} {epoch}: {error}") from error
+
+    diverged = f"training diverged (lower lr={config.lr:g}, or the step size of {config.method}) in epoch"
     with _listening() as signals:
         model.train()
         while step < total:
@@ -209,27 +219,11 @@ def train(
             if step % per_epoch == 0:
                 epoch = step // per_epoch
                 entry = {"epoch": epoch, "loss": sum_loss.item() / per_epoch, "lr": lr}
-                if not torch.isfinite(sum_loss):
-                    raise FloatingPointError(
-                        f"the loss is not finite in epoch {epoch}: lower lr={config.lr} "
-                        f"or the method's step size ({config.method})"
-                    )
                 sum_loss.zero_()
+                if not math.isfinite(entry["loss"]):
+                    raise FloatingPointError(f"{diverged} {epoch}: the loss is {entry['loss']}")
                 if epoch % config.validate_every == 0 or step == total:
-                    outcomes = evaluate(
-                        model,
-                        held.images,
-                        held.labels,
-                        {
-                            "robust": {
-                                "eps": config.eps,
-                                "step": config.step,
-                                "steps": config.steps,
-                                "norm": config.norm,
-                            }
-                        },
-                        seed=epoch,
-                    )
+                    outcomes = look(epoch)
                     right = {a: counts(outcomes, a)[0] for a in ("clean", "robust")}
                     size = counts(outcomes, "clean")[1]
                     accuracy = torch.from_numpy(right["robust" if objective.attack_loss else "clean"] / size)

@@ -1,0 +1,97 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from cfol_nb.config import RunConfig, Schedule
+
+
+def test_needs_no_torch():
+    code = "import sys, cfol_nb.config as c; c.RunConfig().hash(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_any_value_that_differs_changes_the_hash_and_equal_ones_do_not():
+    base = RunConfig()
+    assert RunConfig(dataset="digits", eps=0.15, method={"name": "erm"}, schedule="onecycle").hash() == base.hash()
+    changes = [
+        {"seed": 1},
+        {"eps": 0.1},
+        {"method": "cfol"},
+        {"method": {"name": "cfol", "eta": 3e-3}},
+        {"epochs": 2},
+        {"attacks": {"pgd20": {"eps": 0.15, "step": 0.02, "steps": 20}}},
+        {"select": "worst"},
+        {"flip": False},
+        {"imbalance": {"factor": 10}},
+        {"model": {"name": "smallcnn", "width": 8}},
+        {"split_seed": 1},
+    ]
+    assert len({RunConfig(**c).hash() for c in changes} | {base.hash()}) == len(changes) + 1
+
+
+def test_survives_json():
+    config = RunConfig(dataset="cifar10", method={"name": "cfol", "drift": 100}, imbalance={"factor": 20})
+    again = RunConfig.model_validate_json(config.model_dump_json())
+    assert again == config
+    assert again.hash() == config.hash()
+    assert json.loads(config.key())["eps"] == 8 / 255
+
+
+def test_defaults_fit_the_data_set():
+    digits, cifar = RunConfig(), RunConfig(dataset="cifar10")
+    assert (digits.eps, digits.dtype, digits.model["name"]) == (0.15, "float64", "smallcnn")
+    assert (cifar.eps, cifar.dtype, cifar.model["name"]) == (8 / 255, "float32", "preactresnet18")
+    assert cifar.step == pytest.approx(2 / 255)
+    attack = cifar.attacks["pgd20"]
+    assert (attack.eps, attack.step, attack.steps) == pytest.approx((8 / 255, 1 / 255, 20))
+    assert RunConfig(eps=0.3).attacks["pgd20"].eps == 0.3
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"eps": 8}, "8/255"),
+        ({"eps": -1}, "not a radius"),
+        ({"eps": float("nan")}, "finite|radius"),
+        ({"eps": "much"}, "number"),
+        ({"epsilon": 0.1}, "epsilon"),
+        ({"epochs": 0}, "epochs"),
+        ({"epochs": 1.5}, "epochs"),
+        ({"dtype": "float16"}, "float64"),
+        ({"method": {"eta": 1}}, "names nothing"),
+        ({"method": 3}, "method"),
+        ({"norm": "l1"}, "linf"),
+        ({"holdout": 1.0}, "holdout"),
+        ({"imbalance": {"factor": 0.5}}, "factor"),
+        ({"attacks": {"clean": {"eps": 0.1, "step": 0.1, "steps": 1}}}, "is taken"),
+        ({"attacks": {"a": {"eps": 8, "step": 1, "steps": 1}}}, "8/255"),
+        ({"schedule": "linear"}, "onecycle"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_settings_are_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        RunConfig(**given)
+
+
+def test_schedules_are_torchs():
+    import torch
+
+    def torchs(make, n=100):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+        scheduler, out = make(optimizer), []
+        for _ in range(n):
+            out.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return out
+
+    lr = torch.optim.lr_scheduler
+    ours = {name: [Schedule(name=name)(i / 100) for i in range(100)] for name in ("cosine", "step", "onecycle")}
+    assert ours["cosine"] == pytest.approx(torchs(lambda o: lr.CosineAnnealingLR(o, 100)), abs=1e-9)
+    assert ours["step"] == pytest.approx(torchs(lambda o: lr.MultiStepLR(o, [50, 75], 0.1)), abs=1e-9)
+    assert max(ours["onecycle"]) == ours["onecycle"][30] == 1
+    assert ours["onecycle"][0] == 0
+    assert ours["onecycle"][65] == pytest.approx(0.5)

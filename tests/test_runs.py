@@ -1,0 +1,276 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cfol_nb import runs
+from cfol_nb.evaluate import evaluate
+from cfol_nb.files import Corrupt, read_tensors, write_json, write_tensors
+from cfol_nb.models import MODELS, register
+from cfol_nb.runs import Run, RunsFailed, compute, folder_of, stored
+
+VALUES = ("run.json", "outcomes.safetensors", "weights.safetensors")
+
+
+def digest(folder):
+    return {f: hashlib.sha256((folder / f).read_bytes()).hexdigest() for f in VALUES}
+
+
+def script(body: str, **env) -> subprocess.Popen:
+    """Another Python process that runs `body` with the test's store; its script has no __main__ guard."""
+    prelude = "from cfol_nb.config import RunConfig\nfrom cfol_nb.runs import compute, folder_of\n"
+    return subprocess.Popen(
+        [sys.executable, "-c", prelude + textwrap.dedent(body)],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_run_is_computed_once_then_loaded(tiny, monkeypatch):
+    (run,) = compute([tiny(method="cfol")])
+    assert {f.name for f in run.folder.iterdir()} >= {*VALUES, "provenance.json"}
+    assert not (run.folder / "checkpoint.safetensors").exists()
+    monkeypatch.setattr(runs, "_compute", lambda *a: pytest.fail("computed again"))
+    (again,) = compute([tiny(method="cfol")])
+    assert again.history == run.history
+    assert stored() == [run.folder]
+
+
+def test_what_is_stored_is_what_the_model_does(tiny, digits):
+    (run,) = compute([tiny(method="cfol", epochs=12, eps=0.05)])
+    for which in ("last", "selected"):
+        o = run.outcomes[which]
+        model = run.model(which)
+        again = evaluate(
+            model,
+            *(getattr(runs.prepare(run.config)[2].test, a) for a in ("images", "labels")),
+            run.config.attacks,
+            seed=run.config.seed,
+        )
+        assert all(np.array_equal(o.predictions[k], again.predictions[k]) for k in ("clean", "pgd20"))
+    kept = json.loads((run.folder / "run.json").read_text())
+    assert kept["n"] == [6] * 10
+    assert sum(kept["correct"]["last"]["clean"]) == run.outcomes["last"].correct("clean").sum()
+    assert kept["correct"]["last"]["clean"] != kept["correct"]["last"]["pgd20"]
+    assert run.curve("p").shape == (12, 10)
+    assert run.curve("clean").iloc[-1].between(0, 1).all()
+    with pytest.raises(KeyError, match="no 'q'"):
+        run.curve("q")
+
+
+def test_provenance_says_where_numbers_come_from(tiny):
+    (run,) = compute([tiny()])
+    assert run.provenance["torch"] == torch.__version__
+    assert run.provenance["threads"] == 1
+    assert set(run.provenance) >= {"commit", "dirty", "device", "python", "started", "seconds", "code"}
+
+
+def test_many_runs_in_processes_equal_each_alone(tiny):
+    configs = [tiny(seed=s, method=m) for m in ("erm", "cfol") for s in (0, 1)]
+    together = {r.folder.name: digest(r.folder) for r in compute([*configs, configs[0]])}
+    for r in stored():
+        for f in r.iterdir():
+            f.unlink()
+    alone = {r.folder.name: digest(r.folder) for c in configs for r in compute([c])}
+    assert together == alone
+    assert len(alone) == 4
+
+
+def test_any_executor_will_do(tiny):
+    with ThreadPoolExecutor(2) as pool:
+        a, b = compute([tiny(seed=0), tiny(seed=1)], executor=pool)
+    assert a.config.seed == 0
+    assert b.config.seed == 1
+
+
+def test_one_failing_run_does_not_stop_the_others(tiny):
+    with pytest.raises(RunsFailed, match="training diverged") as failed:
+        compute([tiny(seed=0), tiny(lr=1e9, epochs=3), tiny(seed=1)])
+    assert "1 of 3 runs failed" in str(failed.value)
+    assert [r.config.seed for r in failed.value.runs] == [0, 1]
+    assert len(stored()) == 2
+
+
+def test_everything_is_checked_before_work_starts(tiny):
+    with pytest.raises(ValueError, match="did you mean 'cfol'"):
+        compute([tiny(seed=0), tiny(method="cfool")])
+    with pytest.raises(FileNotFoundError, match="cfol-nb fetch cifar10"):
+        compute([tiny(seed=0), tiny(dataset="cifar10")])
+    assert not stored()
+
+
+def test_own_models_are_trained_here(tiny):
+    @register("test-own")
+    def make(num_classes, channels):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))
+
+    try:
+        assert len(compute([tiny(model="test-own", seed=s) for s in range(2)])) == 2
+    finally:
+        MODELS.pop("test-own")
+
+
+BIG = "RunConfig(epochs=6, train_limit=70, test_limit=10, steps=7, method='cfol')"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of BIG, computed in one go."""
+    store = tmp_path_factory.mktemp("undisturbed")
+    process = script(f"compute([{BIG}]); print(folder_of({BIG}))", CFOL_NB_RUNS=str(store))
+    folder = Path(process.communicate(timeout=120)[0].strip())
+    assert process.returncode == 0
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_killed_in_the_middle_continues_to_the_same_bytes(own_store, undisturbed, number):
+    killed = script(f"compute([{BIG}])")
+    folder = own_store / "runs" / "store" / undisturbed.name
+    until = time.monotonic() + 60
+    while not (folder / "checkpoint.safetensors").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    killed.send_signal(number)
+    killed.wait(30)
+    assert killed.returncode != 0
+    assert (folder / "checkpoint.safetensors").exists()
+    assert not (folder / "run.json").exists()
+    assert not stored()
+    again = script(f"compute([{BIG}])")
+    assert again.wait(120) == 0
+    assert digest(folder) == digest(undisturbed)
+
+
+def alive(pid: str) -> bool:
+    """Whether a process runs; one that ended but was not collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent_and_leave_checkpoints(own_store):
+    body = f"compute([c.model_copy(update={{'seed': s, 'epochs': 200}}) for c in [{BIG}] for s in range(2)])"
+    parent = script(body)
+    until = time.monotonic() + 60
+    while len(list((own_store / "runs").glob("store/*/checkpoint.safetensors"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) >= 2
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 20
+    while any(map(alive, children)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not [c for c in children if alive(c)]
+
+
+@pytest.mark.slow
+def test_two_processes_that_want_the_same_run_compute_it_once(own_store):
+    body = f"""
+    import cfol_nb.runs as r
+    plain = r._compute
+    def told(*a):
+        print("computed", flush=True)
+        plain(*a)
+    r._compute = told
+    run, = compute([{BIG}])
+    print(run.history[-1]["loss"])
+    """
+    both = [script(body) for _ in range(2)]
+    out = [p.communicate(timeout=120)[0].split() for p in both]
+    assert [p.returncode for p in both] == [0, 0]
+    assert sorted(len(o) for o in out) == [1, 2]
+    assert out[0][-1] == out[1][-1]
+
+
+def test_a_half_written_run_is_not_a_run(tiny, monkeypatch):
+    def stop(path, value):  # killed after the tensors, before run.json
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(runs, "write_json", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compute([tiny()])
+    assert not stored()
+    (run,) = compute([tiny()])
+    assert stored() == [run.folder]
+
+
+def test_damaged_runs_are_refused_and_others_are_untouched(tiny):
+    a, b = compute([tiny(seed=0), tiny(seed=1)])
+    before = digest(b.folder)
+    for name, broken in (("outcomes.safetensors", b"x" * 100), ("run.json", b'{"config": ')):
+        whole = (a.folder / name).read_bytes()
+        (a.folder / name).write_bytes(broken)
+        with pytest.raises(Corrupt, match=name):
+            compute([tiny(seed=0)])
+        (a.folder / name).write_bytes(whole)
+    assert digest(b.folder) == before
+    assert compute([tiny(seed=0)])[0].history == a.history
+
+
+@pytest.mark.slow
+def test_full_disk_while_writing_is_a_clear_error_and_what_was_stored_is_intact(own_store, tiny):
+    (run,) = compute([tiny()])
+    before = digest(run.folder)
+    limited = script(f"""
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))       # no file may grow larger, as on a full disk
+    compute([{BIG}])
+    """)
+    _, errors = limited.communicate(timeout=120)
+    assert limited.returncode != 0
+    assert "could not write" in errors
+    assert "what was stored before is intact" in errors
+    assert digest(run.folder) == before
+    assert stored() == [run.folder]
+    assert not list((own_store / "runs").rglob("*.part"))
+
+
+def test_writing_keeps_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.arange(3)}, {"n": 1})
+    with pytest.raises(TypeError):
+        write_tensors(path, {"x": torch.arange(4)}, {"n": object()})
+    tensors, meta = read_tensors(path)
+    assert tensors["x"].tolist() == [0, 1, 2]
+    assert meta == {"n": 1}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "b.json", {"a": object()})
+    assert {f.name for f in tmp_path.iterdir() if f.is_file()} == {"a.safetensors"}
+
+
+def test_equal_tensors_make_equal_bytes(tmp_path):
+    for name in "ab":
+        shared = torch.arange(5.0)
+        write_tensors(tmp_path / name, {"x": shared, "y": shared, "e": torch.empty(0)}, {"k": [1, 2], "a": "b"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_runs_of_other_code_are_named(tiny, monkeypatch):
+    compute([tiny()])
+    monkeypatch.setattr(runs, "code_hash", lambda: "other")
+    with pytest.warns(UserWarning, match="computed by other code"):
+        compute([tiny()])
+
+
+def test_a_folder_name_says_what_is_inside(tiny):
+    assert folder_of(tiny(method="cfol", objective="trades", seed=3)).name.startswith("digits-trades-cfol-s3-")
+    with pytest.raises(FileNotFoundError):
+        Run.load(folder_of(tiny()))

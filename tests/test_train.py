@@ -1,0 +1,244 @@
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from cfol_nb.attacks import pgd
+from cfol_nb.data import limit, split
+from cfol_nb.evaluate import as_float, evaluate
+from cfol_nb.files import Corrupt
+from cfol_nb.methods import METHODS, Method, register
+from cfol_nb.stats import counts
+from cfol_nb.train import Stopped, new_model, train
+
+
+@pytest.fixture(scope="module")
+def images(digits):
+    return split(limit(digits.train, 24), 0.2)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_is_the_plain_loop(tiny, images):
+    """Against adversarial training written out by hand: same draws, same noise, torch's own optimiser and schedule."""
+    config = tiny(epochs=2, batch_size=32, schedule="cosine", weight_decay=1e-3)
+    train_images, held = images
+    model, n = new_model(config, train_images), len(train_images)
+    x, y = as_float(train_images.images, torch.float64, "cpu"), train_images.labels
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9, weight_decay=1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * (n // 32))
+    shuffle, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    for _ in range(2):
+        order = torch.randperm(n, generator=shuffle)
+        for i in range(n // 32):
+            xb, yb = x[order[32 * i : 32 * i + 32]], y[order[32 * i : 32 * i + 32]]
+            x_adv = pgd(model, xb, yb, config.eps, config.step, config.steps, generator=noise)
+            model.train()
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x_adv), yb).backward()
+            optimizer.step()
+            scheduler.step()
+    done = train(config, train_images, held)
+    for k, v in model.state_dict().items():
+        torch.testing.assert_close(done.last[k], v, rtol=0, atol=1e-12)
+
+
+def test_same_configuration_same_bytes_other_seed_others(tiny, images):
+    a, b, c = (train(tiny(method="cfol", seed=s), *images) for s in (0, 0, 1))
+    assert same(a.last, b.last)
+    assert a.history == b.history
+    assert not same(a.last, c.last)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_float64_does_not_depend_on_threads(tiny, images, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        loss = train(tiny(method="cfol"), *images).history[-1]["loss"]
+    finally:
+        torch.set_num_threads(before)
+    assert loss == pytest.approx(train(tiny(method="cfol"), *images).history[-1]["loss"], abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("schedule", ["step", "onecycle", "cosine"])
+def test_other_types_and_schedules_learn(tiny, images, dtype, schedule):
+    done = train(tiny(dtype=dtype, schedule=schedule, epochs=6, lr=0.1), *images, crop=1, flip=True)
+    assert done.history[-1]["loss"] < done.history[0]["loss"]
+    assert all(v.dtype == torch.float32 for v in done.last.values())
+
+
+def test_history_is_the_held_out_split(tiny, images):
+    config = tiny(epochs=3, select="mean")
+    done = train(config, *images)
+    model = new_model(config, images[0])
+    model.load_state_dict(done.last)
+    attack = {"robust": {"eps": config.eps, "step": config.step, "steps": config.steps}}
+    o = evaluate(model, images[1].images, images[1].labels, attack, seed=3)
+    assert done.history[-1]["n"] == images[1].counts.tolist()
+    assert done.history[-1]["clean"] == counts(o, "clean")[0].tolist()
+    assert done.history[-1]["robust"] == counts(o, "robust")[0].tolist()
+
+
+@pytest.mark.parametrize(("select", "score"), [("mean", np.mean), ("worst", np.min)])
+def test_selects_the_best_epoch_by_mean_or_worst_class(tiny, images, select, score):
+    done = train(tiny(epochs=8, select=select, lr=0.1), *images)
+    scores = [score(np.array(e["robust"]) / np.array(e["n"])) for e in done.history]
+    assert done.selected_epoch == int(np.argmax(scores)) + 1
+    until = train(tiny(epochs=8, select=select, lr=0.1, validate_every=done.selected_epoch), *images)
+    if done.selected_epoch > 4:
+        assert same(until.selected, done.selected)
+
+
+def test_hooks_of_a_method_reach_the_loop(tiny, images):
+    seen = {"steps": 0, "epochs": []}
+
+    @register("probe")
+    class Probe(Method):
+        def radius(self, y):
+            return (y % 2).double()  # even classes are trained on clean images
+
+        def after_step(self, index, y, logits):
+            seen["steps"] += 1
+            assert torch.equal(images[0].labels[index], y)
+            assert logits.shape == (64, 10)
+            assert not logits.requires_grad
+
+        def after_epoch(self, epoch, report):
+            seen["epochs"].append(epoch)
+            assert report["robust"].shape == (10,)
+            assert (report["robust"] <= 1).all()
+
+    try:
+        train(tiny(method="probe", epochs=4, validate_every=2), *images)
+    finally:
+        METHODS.pop("probe")
+    assert seen == {"steps": 4 * (len(images[0]) // 64), "epochs": [2, 4]}
+
+
+@pytest.mark.parametrize("method", ["erm", "cfol", "fol"])
+@pytest.mark.parametrize("stop_at", [1, 5])
+def test_sigterm_and_ctrl_c_stop_after_a_step_and_the_run_goes_on_to_the_same_bytes(
+    tiny, images, tmp_path, method, stop_at
+):
+    config, path = tiny(method=method, epochs=3, batch_size=48), tmp_path / "c.safetensors"
+    straight = train(config, *images)
+
+    def kill(done, total):
+        if done == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM if stop_at == 1 else signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=f"after step {stop_at} of"):
+        train(config, *images, checkpoint=path, progress=kill)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    done = train(config, *images, checkpoint=path)
+    assert same(straight.last, done.last)
+    assert same(straight.selected, done.selected)
+    assert straight.history == done.history
+    assert straight.selected_epoch == done.selected_epoch
+
+
+def test_checkpoints_can_be_switched_off(tiny, images, tmp_path):
+    train(tiny(), *images, checkpoint=tmp_path / "c.safetensors", checkpoint_every=0)
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(tiny, images, tmp_path):
+    path = tmp_path / "c.safetensors"
+    train(tiny(), *images, checkpoint=path)
+    whole = path.read_bytes()
+    with pytest.raises(Corrupt, match="another run"):
+        train(tiny(seed=5), *images, checkpoint=path)
+    flipped = bytearray(whole)
+    flipped[-9] ^= 4
+    for broken in (whole[:-1], bytes(flipped), b"what is this"):
+        path.write_bytes(broken)
+        with pytest.raises(Corrupt, match="delete it"):
+            train(tiny(), *images, checkpoint=path)
+        assert path.read_bytes() == broken
+    path.write_bytes(whole)
+    train(tiny(), *images, checkpoint=path)
+
+
+def test_a_diverged_run_says_so(tiny, images):
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        train(tiny(lr=1e9, epochs=3), *images)
+
+
+def test_works_in_a_thread_where_signals_cannot_be_caught(tiny, images):
+    out = []
+    worker = threading.Thread(target=lambda: out.append(train(tiny(), *images)))
+    worker.start()
+    worker.join()
+    assert same(out[0].last, train(tiny(), *images).last)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"batch_size": 1000}, "batch_size=1000 is larger"),
+        ({"method": "cfl"}, "did you mean 'cfol'"),
+        ({"objective": "trade"}, "did you mean 'trades'"),
+        ({"model": {"name": "smallcnn", "depth": 2}}, "no option 'depth'"),
+        ({"method": {"name": "cfol", "alpha": 1}}, "no option 'alpha'; it takes: gamma, eta, drift, form"),
+        ({"method": {"name": "erm", "seed": 1}}, "no option 'seed'"),
+        pytest.param(
+            {"device": "cuda"}, "no CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+        ),
+    ],
+)
+def test_bad_settings_are_refused_before_work(tiny, images, given, says):
+    with pytest.raises(ValueError, match=says):
+        train(tiny(**given), *images)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "says"),
+    [
+        (torch.rand(4, 1, 8, 8) * 255, torch.zeros(4), r"\[0, 1\]"),
+        (torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 10]), "10 outputs"),
+        (torch.rand(4, 1, 8, 8), torch.tensor([0, -1, 2, 3]), "from -1"),
+        (torch.rand(4, 1, 8, 8), torch.zeros(3), "4 images and 3"),
+        (torch.rand(0, 1, 8, 8), torch.zeros(0), "at least one"),
+    ],
+)
+def test_evaluate_refuses_bad_input(tiny, images, x, y, says):
+    with pytest.raises(ValueError, match=says):
+        evaluate(new_model(tiny(), images[0]), x, y)
+
+
+def test_evaluate_refuses_a_broken_model(tiny, images):
+    model = new_model(tiny(), images[0])
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        evaluate(model, images[1].images, images[1].labels)
+
+
+def test_evaluate_is_every_attack_on_every_image(tiny, images):
+    model = new_model(tiny(), images[0])
+    done = []
+    o = evaluate(
+        model,
+        images[1].images,
+        images[1].labels,
+        {"weak": {"eps": 0.01, "step": 0.01, "steps": 1}, "strong": {"eps": 0.5, "step": 0.1, "steps": 10}},
+        batch_size=7,
+        progress=done.append,
+        class_names=images[1].class_names,
+    )
+    assert list(o.predictions) == ["clean", "weak", "strong"]
+    assert sum(done) == len(images[1])
+    x = as_float(images[1].images, torch.float64, "cpu")
+    assert np.array_equal(o.predictions["clean"], model(x).argmax(1).numpy())
+    assert o.correct("strong").sum() <= o.correct("weak").sum()
+    assert o.attacks["strong"]["steps"] == 10
+    again = type(o).from_tensors(o.tensors(), o.meta())
+    assert all(np.array_equal(again.predictions[k], v) for k, v in o.predictions.items())
