@@ -58,11 +58,20 @@ def parse(text: str) -> Any:
         return text
 
 
+def _parameters(source: str) -> dict[str, tuple[str, str]]:
+    """{name: (annotation or "", default)} of the assignments in a cell, as text."""
+    out = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            out[ast.unparse(node.target)] = ast.unparse(node.annotation), ast.unparse(node.value)
+        elif isinstance(node, ast.Assign):
+            out[ast.unparse(node.targets[0])] = "", ast.unparse(node.value)
+    return out
+
+
 def _type(annotation: str, default: str):
     """The type of a parameter from its annotation, or else from its default."""
-    if annotation and annotation != "None":
-        return eval(annotation, {"__builtins__": {}}, TYPES)
-    return type(parse(default))
+    return eval(annotation, {"__builtins__": {}}, TYPES) if annotation else type(parse(default))
 
 
 def typed(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,21 +79,20 @@ def typed(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for a notebook without such a cell, an unknown name, or a value of another type.
     """
-    known = papermill.inspect_notebook(str(path))
-    if not known:
+    tagged = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    if not tagged:
         raise ValueError(f"{path.name} has no cell tagged 'parameters'")
+    known = _parameters(tagged[0].source)
     out = {}
     for name, raw in given.items():
         spec = known[choose(f"parameter of {path.name}", name, known)]
-        kind = _type(spec["inferred_type_name"], spec["default"])
+        kind = _type(*spec)
         value = parse(raw) if isinstance(raw, str) and kind is not str else raw
         try:
             out[name] = TypeAdapter(kind).validate_python(value, strict=True)
         except ValidationError as error:
             wanted = getattr(kind, "__name__", str(kind))
-            raise ValueError(
-                f"parameter {name}={raw} of {path.name}: {wanted} is needed, as in {spec['default']}"
-            ) from error
+            raise ValueError(f"parameter {name}={raw} of {path.name}: {wanted} is needed, as in {spec[1]}") from error
     return out
 
 

@@ -1,0 +1,175 @@
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from cfol_nb import headless
+from cfol_nb.files import ROOT
+from cfol_nb.headless import NotebookFailed, notebooks, parse, run, typed
+
+SHARED = os.environ.get("CFOL_NB_RUNS")  # `make test` gives the runs of a test session one store
+
+
+def code(path):
+    return [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
+def test_the_stored_run_is_whole_and_the_notebook_thin(path):
+    cells = code(path)
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    assert sum("parameters" in c.metadata.get("tags", []) for c in cells) == 1
+    lines = [len(c.source.splitlines()) for c in cells]
+    assert max(lines) <= 20
+    assert statistics.median(lines) <= 4
+    for c in cells:
+        assert not re.search(r"^\s*(def|class|if|try|while) ", c.source, re.M), c.source
+        assert set(c.metadata.get("tags", [])) <= {"parameters", "headline", "nbval-ignore-output"}
+        for o in c.outputs:
+            assert o.output_type != "error"
+            assert o.get("name") != "stderr"
+            assert "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
+            text = json.dumps({k: v for k, v in o.get("data", {}).items() if k != "image/png"}) + o.get("text", "")
+            assert not re.search(r"(?<![\w.])/(root|home|tmp|work|usr|opt)/", text), text
+    assert sum(bool(c.outputs) for c in cells) >= 5  # something is compared
+
+
+def nbval(path, store):
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider", str(path)],
+        cwd=path.parent,
+        env={**os.environ, "CFOL_NB_RUNS": store},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_nbval_passes_the_stored_run_and_turns_red_when_one_number_moves(tmp_path):
+    store = SHARED or str(tmp_path / "runs")
+    copy = tmp_path / "copy.ipynb"
+    shutil.copy(ROOT / "notebooks/00_quickstart.ipynb", copy)
+    right = nbval(copy, store)
+    assert right.returncode == 0, right.stdout
+    nb = nbformat.read(copy, 4)
+    output = next(o for c in nb.cells if c.cell_type == "code" for o in c.outputs if "text/plain" in o.get("data", {}))
+    text = output.data["text/plain"]
+    number = re.search(r"0\.\d+", text)
+    moved = f"{float(number[0]) + 0.001:.3f}"
+    output.data["text/plain"] = text[: number.start()] + moved + text[number.end() :]
+    nbformat.write(nb, copy)
+    wrong = nbval(copy, store)
+    assert wrong.returncode == 1, wrong.stdout
+    assert "1 failed" in wrong.stdout
+
+
+# -- the headless runner, on a notebook of its own ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(tmp_path):
+    def make(
+        *cells,
+        parameters="n: int = 3  # how many\neps: float = 8 / 255\nname: str = 'a'\nlarge: bool = False\n"
+        "sizes: list[int] = [1]\nlimit: int | None = None\nsettings: dict = {}",
+    ):
+        nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "gone", "display_name": "gone"}})
+        nb.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})] if parameters else []
+        nb.cells += [nbformat.v4.new_code_cell(c, metadata={"tags": ["headline"]}) for c in cells]
+        nbformat.write(nb, tmp_path / "toy.ipynb")
+        return tmp_path / "toy.ipynb"
+
+    return make
+
+
+def test_values_are_read_in_the_type_that_the_notebook_states(toy):
+    given = {
+        "n": "5",
+        "eps": "4/255",
+        "name": "5",
+        "large": "true",
+        "sizes": "[1, 2]",
+        "limit": "7",
+        "settings": '{"a": 1}',
+    }
+    assert typed(toy(), given) == {
+        "n": 5,
+        "eps": 4 / 255,
+        "name": "5",
+        "large": True,
+        "sizes": [1, 2],
+        "limit": 7,
+        "settings": {"a": 1},
+    }
+    assert typed(toy(), {"limit": "null", "eps": "1"}) == {"limit": None, "eps": 1.0}
+    assert [parse(t) for t in ("3e-3", "2*8/255", "'x'", "x y", "1/0", "__import__('os')")] == [
+        0.003,
+        16 / 255,
+        "x",
+        "x y",
+        "1/0",
+        "__import__('os')",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"epsilon": "1"}, "unknown parameter of toy.ipynb 'epsilon'; did you mean 'eps'"),
+        ({"n": "2.5"}, "int is needed, as in 3"),
+        ({"n": "many"}, "int is needed"),
+        ({"eps": "big"}, "float is needed"),
+        ({"large": "3"}, "bool is needed"),
+        ({"sizes": '["a"]'}, "list"),
+        ({"settings": "[1]"}, "dict is needed"),
+        ({"n": True}, "int is needed"),
+    ],
+)
+def test_unknown_names_and_wrong_types_are_refused_before_a_kernel_starts(toy, monkeypatch, given, says):
+    monkeypatch.setattr(headless.papermill, "execute_notebook", lambda *a, **k: pytest.fail("a kernel was started"))
+    with pytest.raises(ValueError, match=re.escape(says)):
+        run(toy(), parameters=given)
+    with pytest.raises(ValueError, match="no cell tagged"):
+        run(toy(parameters=""), parameters=given)
+
+
+@pytest.mark.slow
+def test_a_finished_notebook_appears_whole_and_in_the_callers_folder(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = toy("import os\nprint(n, eps, os.getcwd() == " + repr(str(tmp_path)) + ")")
+    before = source.read_bytes()
+    out = run(source, parameters={"n": "5"})
+    assert out == tmp_path / "runs/notebooks/toy.ipynb"
+    assert headless.headlines(out) == [f"5 {8 / 255} True\n"]
+    assert source.read_bytes() == before
+    assert [p.name for p in out.parent.iterdir()] == ["toy.ipynb"]
+    with pytest.raises(ValueError, match="overwrite itself"):
+        run(source, source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cell", "says"), [("1 / 0", "ZeroDivisionError"), ("import os; os._exit(3)", "died")])
+def test_failing_cells_and_dead_kernels_leave_the_partial_notebook(toy, tmp_path, cell, says):
+    out = tmp_path / "out/toy.ipynb"
+    out.parent.mkdir()
+    out.write_text("an earlier result")
+    with pytest.raises(NotebookFailed, match=says):
+        run(toy("print('first')", cell, "print('never')"), out)
+    assert out.read_text() == "an earlier result"
+    partial = (tmp_path / "out/toy.partial.ipynb").read_text()
+    assert "first" in partial
+    assert "ZeroDivisionError" in partial or says == "died"
+
+
+def test_notebooks_are_found_by_number_name_or_path(toy):
+    assert headless.find("00").name == headless.find("00_quickstart").name == "00_quickstart.ipynb"
+    assert headless.find("notebooks/04_cfol.ipynb").stem == "04_cfol"
+    assert headless.find(str(toy())) == toy()
+    with pytest.raises(ValueError, match="did you mean '04_cfol'"):
+        headless.find("04_cfoll")

@@ -1,0 +1,203 @@
+"""The command line, the README and the set-up files, as a user meets them."""
+
+import base64
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+
+import nbformat
+import pytest
+import torch
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from cfol_nb import cli
+from cfol_nb.files import ROOT
+
+README = (ROOT / "README.md").read_text()
+LOCK = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines()]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run `cfol-nb` with these words: (exit status, standard output, standard error)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["cfol-nb", *words])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_list_names_everything(command):
+    from cfol_nb.data import SOURCES
+    from cfol_nb.methods import METHODS
+    from cfol_nb.models import MODELS
+
+    status, out, _ = command("list")
+    assert status == 0
+    for name in (*SOURCES, *METHODS, *MODELS, "trades", "drift=40.0", "linf", "stored runs: 0"):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    "words", [("--help",), ("run", "--help"), ("train", "--help"), ("fetch", "--help"), ("list", "--help")]
+)
+def test_every_command_explains_itself(command, words):
+    status, out, _ = command(*words)
+    assert status == 0
+    assert "Usage" in out
+
+
+def test_train_prints_the_class_table(command):
+    words = ["train", "--seeds", "2", "--method", "cfol", "--objective", "trades"]
+    for s in ("epochs=1", "train_limit=24", "test_limit=6", "steps=2", "method.drift=3", "model.width=4", "eps=1/10"):
+        words += ["-s", s]
+    status, out, err = command(*words)
+    assert status == 0, err
+    assert out.count("accuracy") == 2
+    assert "robust worst" in out
+    assert "digits-trades-cfol-s1-" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("train", "--dataset", "cifar9"), "did you mean 'cifar"),
+        (("train", "--method", "cfl"), "did you mean 'cfol'"),
+        (("train", "--objective", "x"), "known: at, clean, trades"),
+        (("train", "-s", "eps=8"), "8/255"),
+        (("train", "-s", "epoch=3"), "no such setting"),
+        (("train", "-s", "epochs"), "name=value"),
+        (("train", "-s", "epochs=x"), "epochs"),
+        (("train", "-s", "method.eta=-1"), "eta=-1"),
+        (("train", "-s", "epochs.x=1"), "takes no options"),
+        (("train", "--dataset", "imagefolder:nowhere"), "no folder nowhere"),
+        (("train", "--dataset", "stl10"), "fetch stl10"),
+        (("run", "99"), "unknown notebook"),
+        (("run", "00", "-p", "seed=3"), "did you mean 'seeds'"),
+        (("run", "-p", "seeds=x"), "int is needed"),
+        (("run", "--store", "-p", "seeds=1"), "leave out -p"),
+        (("fetch", "digits"), "unknown data set"),
+    ],
+)
+def test_mistakes_are_refused_in_one_sentence_on_stderr(command, words, says):
+    status, _, err = command(*words)
+    assert status in (1, 2)
+    assert says in err
+    assert err.count("\n") <= 2
+    assert "Traceback" not in err
+
+
+def test_interrupting_is_not_an_error_message(command, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", stop)
+    status, _, err = command("list")
+    assert status == 130
+    assert "Traceback" not in err
+
+
+def test_the_lock_is_versions_only_and_what_is_installed():
+    text = (ROOT / "requirements.lock").read_text()
+    assert not re.search(r"https?:|file:|--|@ ", text)
+    assert all(len(r.specifier) == 1 and next(iter(r.specifier)).operator == "==" for r in LOCK)
+    for r in LOCK:
+        if r.marker is None or r.marker.evaluate():
+            assert r.specifier.contains(importlib.metadata.version(r.name)), r
+
+
+def test_the_lock_satisfies_the_project():
+    pinned = {}
+    for r in LOCK:
+        pinned.setdefault(re.sub(r"[-_.]+", "-", r.name).lower(), []).append(next(iter(r.specifier)).version)
+    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+    for r in map(Requirement, wanted):
+        assert all(r.specifier.contains(v) for v in pinned[r.name]), r
+    assert Requirement(next(d for d in wanted if d.startswith("torch>"))).specifier.contains("2.11.0")
+
+
+def test_environment_yml_is_python_pip_and_the_lock():
+    env = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert set(env) == {"name", "channels", "dependencies"}
+    plain = [d for d in env["dependencies"] if isinstance(d, str)]
+    (pip,) = (d["pip"] for d in env["dependencies"] if isinstance(d, dict))
+    assert "pip" in plain
+    (python,) = (d for d in plain if d.startswith("python"))
+    assert SpecifierSet(python.split()[1]) == SpecifierSet(PROJECT["requires-python"])
+    assert pip == ["-r requirements.lock", "-e ."]
+
+
+def test_readmes_code_runs():
+    """Its loops, as they are printed, with a tiny network and data set."""
+    labels = torch.arange(160) % 4
+    torch.manual_seed(0)
+    images = 0.2 * torch.rand(160, 3, 8, 8)
+    images[torch.arange(160), 0, 2 * labels] = 0.9  # one row of pixels tells the class
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
+    names = {
+        "labels": labels,
+        "images": images,
+        "epochs": 8,
+        "dataset": torch.utils.data.TensorDataset(images, labels),
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    assert len([line for line in blocks[0].splitlines() if line and not line.startswith(("from", "import"))]) <= 11
+    for block in blocks:
+        exec(block, names)
+    assert names["sampler"].p.sum().item() == pytest.approx(1)
+    assert names["sampler"].w.max() > 0
+    assert names["outcomes"].correct("pgd20").mean() > 0.9
+
+
+def test_readmes_table_is_the_stored_headline():
+    shown = re.search(r"<!-- table -->\n(.*?)<!-- /table -->", README, re.S)[1]
+    cells = nbformat.read(ROOT / "notebooks/04_cfol.ipynb", 4).cells
+    text = next(c.outputs[0].text for c in cells if "headline" in c.metadata.get("tags", []))
+    entry = re.compile(r"\d+\.\d \[\d+\.\d, \d+\.\d\]")
+    stored = {line.split()[0]: entry.findall(line) for line in text.splitlines()[1:]}
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in shown.strip().splitlines()[2:]]
+    assert len(rows) == len(stored) == 7
+    for label, *values in rows:
+        assert values == stored[label]
+
+
+def test_readmes_figure_is_the_stored_one():
+    cells = nbformat.read(ROOT / "notebooks/04_cfol.ipynb", 4).cells
+    drawn = next(c for c in cells if "plots.class_accuracies" in c.source)
+    image = next(o.data["image/png"] for o in drawn.outputs if "image/png" in o.get("data", {}))
+    assert (ROOT / "docs/classes.png").read_bytes() == base64.b64decode(image)
+
+
+def test_readme_names_what_exists():
+    made = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`?make ([a-z]+)", README)) <= made
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"^    ([a-z]+)/ ", README, re.M):
+        assert (ROOT / name).is_dir(), name
+
+
+def test_every_notebook_is_in_the_readme():
+    for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
+        assert path.name in README
+
+
+def test_make_help_and_the_python_check():
+    out = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True)
+    assert all(word in out.stdout for word in ("run", "test", "lab", "setup", "bench"))
+    refused = subprocess.run(["make", "setup", "VENV=.no", "PYTHON=false"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode != 0
