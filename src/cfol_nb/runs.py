@@ -36,9 +36,9 @@ from cfol_nb.data import fingerprint, prepare
 from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.files import ROOT, Corrupt, bar, read_json, read_tensors, runs_dir, write_json, write_tensors
 from cfol_nb.methods import METHODS
-from cfol_nb.models import MODELS, build
+from cfol_nb.models import MODELS
 from cfol_nb.stats import counts
-from cfol_nb.train import check, new_model, train
+from cfol_nb.train import check, make_model, new_model, train
 
 WEIGHTS = ("last", "selected")
 
@@ -86,8 +86,7 @@ class Run:
         """The trained network on the CPU, in eval mode; which: "last" or "selected"."""
         tensors, meta = read_tensors(self.folder / "weights.safetensors")
         state = {k.removeprefix(f"{which}."): v for k, v in tensors.items() if k.startswith(f"{which}.")}
-        model = build(**meta["build"], **self.config.model)
-        model = model.double() if self.config.dtype == "float64" else model
+        model = make_model(self.config, **meta["build"])
         model.load_state_dict(state)
         return model.eval()
 

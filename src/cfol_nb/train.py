@@ -34,17 +34,18 @@ def check(config: RunConfig) -> None:
         raise ValueError("device='cuda', but torch sees no CUDA device: use device='cpu' or 'auto'")
 
 
+def make_model(config: RunConfig, num_classes: int, channels: int, **statistics) -> nn.Module:
+    """The network of a run in its floating type; below float64 in channels_last layout, which convolutions prefer."""
+    model = build(num_classes=num_classes, channels=channels, **statistics, **config.model)
+    return model.double() if config.dtype == "float64" else model.to(memory_format=torch.channels_last)
+
+
 def new_model(config: RunConfig, data: ImageSet) -> nn.Module:
-    """The untrained network of a run, in its type, with the data set's normalisation."""
+    """The untrained network of a run, with the data set's normalisation, from the run's seed."""
+    mean, std = data.statistics()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build(
-            num_classes=len(data.class_names),
-            channels=data.images.shape[1],
-            **dict(zip(("mean", "std"), data.statistics(), strict=True)),
-            **config.model,
-        )
-    return model.double() if config.dtype == "float64" else model
+        return make_model(config, len(data.class_names), data.images.shape[1], mean=mean, std=std)
 
 
 @dataclass
