@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-export MPLBACKEND ?= agg
+unexport MPLBACKEND  # kernels draw into the notebook
 export UV_SYSTEM_CERTS ?= true
 
 help:  ## what can be made

@@ -142,11 +142,12 @@ def test_unknown_names_and_wrong_types_are_refused_before_a_kernel_starts(toy, m
 @pytest.mark.slow
 def test_a_finished_notebook_appears_whole_and_in_the_callers_folder(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = toy("import os\nprint(n, eps, os.getcwd() == " + repr(str(tmp_path)) + ")")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    source = toy(f"import os\nprint(n, eps, os.getcwd() == {str(tmp_path)!r}, os.environ.get('MPLBACKEND') == 'agg')")
     before = source.read_bytes()
     out = run(source, parameters={"n": "5"})
     assert out == tmp_path / "runs/notebooks/toy.ipynb"
-    assert headless.headlines(out) == [f"5 {8 / 255} True\n"]
+    assert headless.headlines(out) == [f"5 {8 / 255} True False\n"]
     assert source.read_bytes() == before
     assert [p.name for p in out.parent.iterdir()] == ["toy.ipynb"]
     with pytest.raises(ValueError, match="overwrite itself"):

@@ -26,12 +26,13 @@ def same(a, b):
 
 def test_is_the_plain_loop(tiny, images):
     """Against adversarial training written out by hand: same draws, same noise, torch's own optimiser and schedule."""
-    config = tiny(epochs=2, batch_size=32, schedule="cosine", weight_decay=1e-3)
+    config = tiny(epochs=2, batch_size=32, schedule="cosine", weight_decay=1e-3, ema=0.8)
     train_images, held = images
     model, n = new_model(config, train_images), len(train_images)
     x, y = as_float(train_images.images, torch.float64, "cpu"), train_images.labels
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9, weight_decay=1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * (n // 32))
+    average = {k: v.clone() for k, v in model.state_dict().items()}
     shuffle, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     for _ in range(2):
         order = torch.randperm(n, generator=shuffle)
@@ -43,16 +44,18 @@ def test_is_the_plain_loop(tiny, images):
             torch.nn.functional.cross_entropy(model(x_adv), yb).backward()
             optimizer.step()
             scheduler.step()
+            average = {k: 0.8 * average[k] + 0.2 * v for k, v in model.state_dict().items()}
     done = train(config, train_images, held)
     for k, v in model.state_dict().items():
-        torch.testing.assert_close(done.last[k], v, rtol=0, atol=1e-12)
+        torch.testing.assert_close(done.weights["last"][k], v, rtol=0, atol=1e-12)
+        torch.testing.assert_close(done.weights["ema"][k], average[k], rtol=0, atol=1e-12)
 
 
 def test_same_configuration_same_bytes_other_seed_others(tiny, images):
     a, b, c = (train(tiny(method="cfol", seed=s), *images) for s in (0, 0, 1))
-    assert same(a.last, b.last)
+    assert same(a.weights["last"], b.weights["last"])
     assert a.history == b.history
-    assert not same(a.last, c.last)
+    assert not same(a.weights["last"], c.weights["last"])
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -71,14 +74,14 @@ def test_float64_does_not_depend_on_threads(tiny, images, threads):
 def test_other_types_and_schedules_learn(tiny, images, dtype, schedule):
     done = train(tiny(dtype=dtype, schedule=schedule, epochs=6, lr=0.1), *images, crop=1, flip=True)
     assert done.history[-1]["loss"] < done.history[0]["loss"]
-    assert all(v.dtype == torch.float32 for v in done.last.values())
+    assert all(v.dtype == torch.float32 for v in done.weights["last"].values())
 
 
 def test_history_is_the_held_out_split(tiny, images):
     config = tiny(epochs=3, select="mean")
     done = train(config, *images)
     model = new_model(config, images[0])
-    model.load_state_dict(done.last)
+    model.load_state_dict(done.weights["last"])
     attack = {"robust": {"eps": config.eps, "step": config.step, "steps": config.steps}}
     o = evaluate(model, images[1].images, images[1].labels, attack, seed=3)
     assert done.history[-1]["n"] == images[1].counts.tolist()
@@ -93,7 +96,7 @@ def test_selects_the_best_epoch_by_mean_or_worst_class(tiny, images, select, sco
     assert done.selected_epoch == int(np.argmax(scores)) + 1
     until = train(tiny(epochs=8, select=select, lr=0.1, validate_every=done.selected_epoch), *images)
     if done.selected_epoch > 4:
-        assert same(until.selected, done.selected)
+        assert same(until.weights["selected"], done.weights["selected"])
 
 
 def test_hooks_of_a_method_reach_the_loop(tiny, images):
@@ -127,7 +130,7 @@ def test_hooks_of_a_method_reach_the_loop(tiny, images):
 def test_sigterm_and_ctrl_c_stop_after_a_step_and_the_run_goes_on_to_the_same_bytes(
     tiny, images, tmp_path, method, stop_at
 ):
-    config, path = tiny(method=method, epochs=3, batch_size=48), tmp_path / "c.safetensors"
+    config, path = tiny(method=method, epochs=3, batch_size=48, ema=0.9), tmp_path / "c.safetensors"
     straight = train(config, *images)
 
     def kill(done, total):
@@ -139,8 +142,7 @@ def test_sigterm_and_ctrl_c_stop_after_a_step_and_the_run_goes_on_to_the_same_by
         train(config, *images, checkpoint=path, progress=kill)
     assert signal.getsignal(signal.SIGTERM) is handler
     done = train(config, *images, checkpoint=path)
-    assert same(straight.last, done.last)
-    assert same(straight.selected, done.selected)
+    assert all(same(straight.weights[w], done.weights[w]) for w in ("last", "selected", "ema"))
     assert straight.history == done.history
     assert straight.selected_epoch == done.selected_epoch
 
@@ -177,7 +179,7 @@ def test_works_in_a_thread_where_signals_cannot_be_caught(tiny, images):
     worker = threading.Thread(target=lambda: out.append(train(tiny(), *images)))
     worker.start()
     worker.join()
-    assert same(out[0].last, train(tiny(), *images).last)
+    assert same(out[0].weights["last"], train(tiny(), *images).weights["last"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line: `cfol-nb run | train | fetch | list`."""
+"""The command line: `cfol-nb run | train | suite | fetch | list`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,25 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     if bad:
         raise ValueError(f"{bad[0]!r} is not of the form name=value")
     return dict(t.split("=", 1) for t in texts)
+
+
+def _settings(dataset: str, texts: list[str], values: dict | None = None) -> dict:
+    """RunConfig's arguments from `values` and from texts such as epochs=10 or model.width=16."""
+    from cfol_nb.config import RunConfig
+    from cfol_nb.headless import parse
+
+    values = {"dataset": dataset, **(values or {})}
+    for name, text in _pairs(texts).items():
+        key, _, inner = name.partition(".")
+        value = text if key == "dataset" else parse(text)
+        if inner:
+            held = values.setdefault(key, RunConfig(dataset=dataset).model_dump().get(key))
+            if not isinstance(held, dict):
+                raise ValueError(f"{key} takes no options, so {name} means nothing")
+            held[inner] = value
+        else:
+            values[key] = value
+    return values
 
 
 def _sentence(error: ValidationError) -> str:
@@ -106,21 +125,11 @@ def train(
     Example: cfol-nb train --method cfol --objective trades --seeds 3 -s epochs=20 -s method.drift=100
     """
     from cfol_nb.config import RunConfig
-    from cfol_nb.headless import parse
     from cfol_nb.runs import compute
     from cfol_nb.stats import class_table, headline, last_attack, weakest
 
-    values: dict = {"dataset": dataset, "method": {"name": method}, "objective": {"name": objective}}
-    for name, text in _pairs(settings).items():
-        key, _, inner = name.partition(".")
-        value = text if key in ("dataset",) else parse(text)
-        if inner:
-            held = values.setdefault(key, RunConfig(dataset=dataset).model_dump().get(key))
-            if not isinstance(held, dict):
-                raise ValueError(f"{key} takes no options, so {name} means nothing")
-            held[inner] = value
-        else:
-            values[key] = value
+    values = {"method": {"name": method}, "objective": {"name": objective}}
+    values = _settings(dataset, settings, values)
     runs = compute([RunConfig(**values | {"seed": values.get("seed", 0) + s}) for s in range(seeds)])
     outcomes = [r.outcomes["last"] for r in runs]
     for r in runs:
@@ -134,6 +143,44 @@ def train(
         f"{headline({f'{method} {objective}': outcomes}).T.to_string(header=False)}"
         f"\n\nStored in {runs[0].folder.parent}"
     )
+
+
+@app.command()
+def suite(
+    dataset: Annotated[str, typer.Argument(help="See `cfol-nb list`.")] = "cifar10",
+    methods: Annotated[
+        str, typer.Option(help="Names, comma-separated, in this order.")
+    ] = "erm,cfol,cfol-trades,trades",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per method; all methods once, then all again.")] = 1,
+    minutes: Annotated[float, typer.Option(min=0, help="No run is started that the time left cannot hold.")] = 60,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="200 epochs, decay at 100 and 150; else 30, one-cycle.")
+    ] = False,
+    results: Annotated[Path | None, typer.Option(help="Folder of the JSONs; default results/.")] = None,
+    settings: Annotated[
+        list[str], typer.Option("-s", "--set", metavar="NAME=VALUE", help="Any setting of RunConfig, as for train.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Train and evaluate method after method inside a time limit; one JSON per run.
+
+    The same call goes on where an earlier one stopped. Methods: erm, cfol, cfol-trades, trades, fol, cvar, lcvar.
+
+    Example: cfol-nb suite cifar10 --methods erm,cfol --seeds 3 --minutes 120 -s dtype=bfloat16 -s ema=0.999
+    """
+    from cfol_nb import suite as s
+    from cfol_nb.config import choose
+    from cfol_nb.stats import headline
+
+    names = [choose("method of the suite", m.strip(), s.METHODS) for m in methods.split(",")]
+    values = {**(s.PAPER if paper else {}), **_settings(dataset, settings)}
+    done = list(s.suite(s.configurations(methods=names, seeds=seeds, **values), minutes, results, typer.echo))
+    groups: dict[str, list] = {}
+    for run in done:
+        for which, outcomes in run.outcomes.items():
+            label = f"{run.config.method['name']} {run.config.objective['name']} {which}"
+            groups.setdefault(label, []).append(outcomes)
+    if groups:
+        typer.echo(headline(groups).to_string())
 
 
 @app.command()

@@ -116,7 +116,7 @@ class Schedule(_Strict):
 # What a data set is usually trained with; every value can be given instead.
 _COLUMNS = ("model", "eps", "epochs", "batch_size", "lr", "dtype", "holdout")
 _DIGITS = dict(zip(_COLUMNS, ("smallcnn", 0.15, 40, 64, 0.2, "float64", 0.1), strict=True))
-_IMAGES = dict(zip(_COLUMNS, ("preactresnet18", 8 / 255, 30, 128, 0.1, "float32", 0.2), strict=True))
+_IMAGES = dict(zip(_COLUMNS, ("preactresnet18", 8 / 255, 30, 128, 0.1, "float32", 0.1), strict=True))
 
 
 class RunConfig(_Strict):
@@ -156,6 +156,10 @@ class RunConfig(_Strict):
     # selection and evaluation
     select: Literal["mean", "worst"] = "mean"
     validate_every: int = Field(1, ge=1, description="epochs between two looks at the held-out split")
+    validate_steps: int | None = Field(None, ge=1, description="attack steps of such a look; None: as in training")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay per step of averaged weights, kept beside the others"
+    )
     attacks: dict[str, Attack] = Field(description="evaluation attacks by name; default PGD-20 at the training radius")
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -97,15 +97,16 @@ def typed(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _progress_on_terminal() -> Iterator[None]:
-    """Kernels draw their bars on the terminal, if there is one, and never into the notebook."""
-    before = os.environ.get("CFOL_NB_PROGRESS")
-    os.environ["CFOL_NB_PROGRESS"] = before or (os.ttyname(2) if sys.stderr.isatty() else "off")
+def _kernel_environment() -> Iterator[None]:
+    """Kernels draw figures into the notebook, and bars on the terminal if there is one, never into the notebook."""
+    before = dict(os.environ)
+    os.environ.pop("MPLBACKEND", None)
+    os.environ.setdefault("CFOL_NB_PROGRESS", os.ttyname(2) if sys.stderr.isatty() else "off")
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["CFOL_NB_PROGRESS"]
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def run(source: Path, target: Path | None = None, parameters: Mapping[str, Any] | None = None) -> Path:
@@ -123,7 +124,7 @@ def run(source: Path, target: Path | None = None, parameters: Mapping[str, Any] 
     config = Config()
     config.KernelManager.transport_encryption = "auto"
     try:
-        with _progress_on_terminal():
+        with _kernel_environment():
             nb = papermill.execute_notebook(
                 str(source),
                 str(part),

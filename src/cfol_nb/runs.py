@@ -40,8 +40,6 @@ from cfol_nb.models import MODELS
 from cfol_nb.stats import counts
 from cfol_nb.train import check, make_model, new_model, train
 
-WEIGHTS = ("last", "selected")
-
 
 class RunsFailed(RuntimeError):
     """Some runs failed; the message names each with its reason. `runs`: those that did not, which are stored."""
@@ -56,7 +54,7 @@ class RunsFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. outcomes: on the test split, for the "last" and the "selected" weights."""
+    """A finished run. outcomes: on the test split, for the "last" and "selected" weights (and "ema")."""
 
     config: RunConfig
     folder: Path
@@ -71,7 +69,8 @@ class Run:
         stored = read_json(folder / "run.json")
         tensors, meta = read_tensors(folder / "outcomes.safetensors")
         outcomes = {
-            w: Outcomes.from_tensors({k.removeprefix(f"{w}."): v for k, v in tensors.items()}, meta) for w in WEIGHTS
+            w: Outcomes.from_tensors({k.removeprefix(f"{w}."): v for k, v in tensors.items()}, meta)
+            for w in stored["correct"]
         }
         return cls(
             RunConfig.model_validate(stored["config"]),
@@ -83,7 +82,7 @@ class Run:
         )
 
     def model(self, which: str = "selected") -> nn.Module:
-        """The trained network on the CPU, in eval mode; which: "last" or "selected"."""
+        """The trained network on the CPU, in eval mode; which: "last", "selected" or "ema"."""
         tensors, meta = read_tensors(self.folder / "weights.safetensors")
         state = {k.removeprefix(f"{which}."): v for k, v in tensors.items() if k.startswith(f"{which}.")}
         model = make_model(self.config, **meta["build"])
@@ -222,8 +221,8 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
     training = time.perf_counter() - start
 
     model, found = new_model(config, train_images).to(config.device), {}
-    for which in WEIGHTS:
-        model.load_state_dict(getattr(trained, which))
+    for which, weights in trained.weights.items():
+        model.load_state_dict(weights)
         found[which] = evaluate(
             model, data.test.images, data.test.labels, config.attacks, class_names=data.class_names, seed=config.seed
         )
@@ -234,7 +233,7 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
     )
     write_tensors(
         folder / "weights.safetensors",
-        {f"{w}.{k}": v for w in WEIGHTS for k, v in getattr(trained, w).items()},
+        {f"{w}.{k}": v for w, weights in trained.weights.items() for k, v in weights.items()},
         {"build": {"num_classes": len(data.class_names), "channels": data.test.images.shape[1]}},
     )
     write_json(

@@ -110,7 +110,6 @@ class _Exp3(_Stateful):
             parts.append(self._current(arm[start:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    @torch.no_grad()
     def update(self, arm: Tensor, wrong: Tensor, p: Tensor | float | None = None) -> None:
         """w[arm] += eta * wrong / p, summed over the batch (Algorithm 1, lines 4-5 of the CFOL submission).
 
@@ -121,7 +120,7 @@ class _Exp3(_Stateful):
         if len(arm) != len(wrong):
             raise ValueError(f"{len(arm)} examples and {len(wrong)} losses: one loss per example is needed")
         p = self._probability(arm) if p is None else p
-        self._add(arm, self.eta * wrong.to(self.w.device, torch.float64) / p)
+        self._add(arm, wrong.detach().to(arm.device, torch.float64) / p)
 
 
 class ClassSampler(_Exp3):
@@ -157,14 +156,14 @@ class ClassSampler(_Exp3):
         super().__init__(len(labels), gamma, eta, seed, device, block)
         self.num_classes = k
         self.register_buffer("w", torch.zeros(k, dtype=torch.float64, device=device))
-        self.register_buffer("count", count.to(device))
+        self.register_buffer("count", count.to(device, torch.float64))
         self.register_buffer("start", (count.cumsum(0) - count).to(device))
         self.register_buffer("order", labels.argsort(stable=True).to(device))
 
     @property
     def p(self) -> Tensor:
         """(K,) float64: the distribution that the next draw uses."""
-        return torch.softmax(self.w, 0).mul_(1 - self.gamma).add_(self.gamma / self.num_classes)
+        return torch.softmax(self._buffers["w"], 0).mul_(1 - self.gamma).add_(self.gamma / self.num_classes)
 
     def _current(self, arm: Tensor) -> Tensor:
         return self.p.index_select(0, arm)
@@ -174,15 +173,16 @@ class ClassSampler(_Exp3):
         return p.index_select(0, arm)
 
     def _draw(self, n: int) -> Tensor:
-        p = self.p
+        p, state = self.p, self._buffers  # by attribute each would cost half a microsecond
         self._drawn.append([0, n, p])
         u = torch.rand(2, n, dtype=torch.float64, generator=self.generator, device=p.device)
-        y = torch.searchsorted(p.cumsum(0), u[0], right=True).clamp_(max=self.num_classes - 1)
-        inside = (u[1] * self.count.index_select(0, y)).long()  # u < 1, so this stays below the count
-        return self.order.index_select(0, inside.add_(self.start.index_select(0, y)))
+        of_class, of_example = u.unbind()
+        y = torch.searchsorted(p.cumsum(0), of_class, right=True).clamp_(max=self.num_classes - 1)
+        inside = of_example.mul_(state["count"].index_select(0, y)).long()  # u < 1, so this stays below the count
+        return state["order"].index_select(0, inside.add_(state["start"].index_select(0, y)))
 
     def _add(self, arm: Tensor, gain: Tensor) -> None:
-        self.w.index_put_((arm,), gain, accumulate=True)
+        self._buffers["w"].index_add_(0, arm, gain, alpha=self.eta)
 
 
 class ExampleSampler(_Exp3):
@@ -239,7 +239,7 @@ class ExampleSampler(_Exp3):
 
     def _add(self, arm: Tensor, gain: Tensor) -> None:
         node = arm + (1 << self.depth)
-        self.tree.index_put_((node,), gain, accumulate=True)
+        self.tree.index_add_(0, node, gain, alpha=self.eta)
         for _ in range(self.depth):
             node = node >> 1  # twice in a batch: twice the same value
             self.tree[node] = torch.logaddexp(self.tree[2 * node], self.tree[2 * node + 1])

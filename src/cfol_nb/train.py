@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import signal
@@ -50,14 +51,15 @@ def new_model(config: RunConfig, data: ImageSet) -> nn.Module:
 
 @dataclass
 class Trained:
-    """Weights after the last step and at the epoch that was selected; history: one dict per epoch.
+    """weights: "last" (after the last step), "selected" (the best held-out epoch), and "ema" if an average was kept.
+
+    history: one dict per epoch.
 
     An entry has epoch, loss (mean), lr, and, where the held-out split was looked at, n, clean and robust: images and
     correct predictions per class; and what the method traces, for CFOL p.
     """
 
-    last: dict[str, Tensor]
-    selected: dict[str, Tensor]
+    weights: dict[str, dict[str, Tensor]]
     selected_epoch: int
     history: list[dict]
 
@@ -108,6 +110,16 @@ def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu().clone() for k, v in state.items()}
 
 
+@torch.no_grad()
+def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model, batch-norm statistics included; counters are copied."""
+    for old, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if old.is_floating_point():
+            old.lerp_(new, 1 - decay)
+        else:
+            old.copy_(new)
+
+
 def train(
     config: RunConfig,
     images: ImageSet,
@@ -147,6 +159,7 @@ def train(
 
     step, history, best = 0, [], (-1.0, 0)  # best: held-out score, epoch
     selected = _copy(model.state_dict())
+    averaged = copy.deepcopy(model).eval() if config.ema else None
     sum_loss = torch.zeros((), dtype=dtype, device=device)
 
     def save() -> None:
@@ -155,6 +168,7 @@ def train(
             {
                 "model": model.state_dict(),
                 "selected": selected,
+                "averaged": averaged.state_dict() if averaged else {},
                 "method": method.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "generator": generator.get_state(),
@@ -174,6 +188,8 @@ def train(
             raise Corrupt(f"{checkpoint} belongs to another run; delete it to start anew")
         state = _unflatten(meta["tree"], tensors)
         model.load_state_dict(state["model"])
+        if averaged:
+            averaged.load_state_dict(state["averaged"])
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
@@ -191,9 +207,11 @@ def train(
 
     def look(epoch: int) -> Outcomes:
         """The held-out split, clean and under the training attack."""
-        against = {"eps": config.eps, "step": config.step, "steps": config.steps, "norm": config.norm}
+        steps = config.validate_steps or config.steps
+        against = {"eps": config.eps, "step": config.step * config.steps / steps, "steps": steps, "norm": config.norm}
         try:
-            return evaluate(model, held.images, held.labels, {"robust": against}, seed=epoch)
+            with low_precision:  # it only selects; the test is evaluated in full precision
+                return evaluate(model, held.images, held.labels, {"robust": against}, seed=epoch)
         except FloatingPointError as error:
             raise FloatingPointError(f"{diverged} {epoch}: {error}") from error
 
@@ -214,6 +232,8 @@ def train(
             loss.backward()
             method.after_step(index, y, logits.detach())  # the loss at the parameters before the step
             optimizer.step()
+            if averaged:
+                _average(averaged, model, config.ema)
             sum_loss += losses.detach().mean()
             step += 1
 
@@ -246,4 +266,7 @@ def train(
                     f"stopped by {signal.Signals(signals[0]).name} after step {step} of {total}"
                     + ("; the same command goes on from there" if checkpoint and checkpoint_every else "")
                 )
-    return Trained(_copy(model.state_dict()), selected, best[1], history)
+    weights = {"last": _copy(model.state_dict()), "selected": selected}
+    if averaged:
+        weights["ema"] = _copy(averaged.state_dict())
+    return Trained(weights, best[1], history)

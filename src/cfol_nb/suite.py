@@ -1,0 +1,115 @@
+"""Method after method inside a time limit: each run whole, each published as one small JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from cfol_nb.config import RunConfig
+from cfol_nb.data import prepare
+from cfol_nb.files import ROOT, read_json, write_json
+from cfol_nb.runs import Run, compute, folder_of, resolve
+from cfol_nb.train import check, train
+
+PAPER = {"epochs": 200, "schedule": {"name": "step", "milestones": [0.5, 0.75]}}
+METHODS = {
+    "erm": {},
+    "cfol": {"method": "cfol"},
+    "cfol-trades": {"method": "cfol", "objective": "trades"},
+    "trades": {"objective": "trades"},
+    "fol": {"method": "fol"},
+    "cvar": {"method": "cvar"},
+    "lcvar": {"method": "lcvar", "lr": 0.05},
+}
+
+
+class _Enough(Exception):
+    pass
+
+
+def configurations(dataset: str, methods: Sequence[str], seeds: int, **settings) -> list[RunConfig]:
+    """Every method with seed 0, then every method with seed 1, and so on: an early end leaves whole comparisons."""
+    return [
+        RunConfig(**{"dataset": dataset, **settings, **METHODS[m], "seed": s})
+        for s, m in itertools.product(range(seeds), methods)
+    ]
+
+
+def estimate(config: RunConfig, steps: int = 8) -> float:
+    """Seconds that a run will take, from a few of its own training steps; looks and evaluation by their passes."""
+    images, held, data = prepare(config)
+    times = []
+
+    def watch(done: int, total: int) -> None:
+        times.append(time.perf_counter())
+        if done == min(steps, total):
+            raise _Enough
+
+    with contextlib.suppress(_Enough):
+        train(config, images, held, crop=data.crop, flip=data.flip, progress=watch)
+    step = (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else times[-1] - times[0]
+    per_pass = step / (config.batch_size * (2 * config.steps + 3))  # one forward pass of one image
+    looks = -(-config.epochs // config.validate_every) * len(held) * (2 * (config.validate_steps or config.steps) + 2)
+    slower = 6 if config.dtype == "bfloat16" else 1  # the test is evaluated in float32
+    kinds = 3 if config.ema else 2
+    passes = 1 + sum(a.restarts * (2 * a.steps + 1) for a in config.attacks.values())
+    total = len(images) // config.batch_size * config.epochs
+    return 1.1 * (step * total + per_pass * (looks + slower * kinds * passes * len(data.test)))
+
+
+def publish(run: Run, results: Path) -> Path:
+    """`results/NAME.json`: configuration, provenance, seconds per epoch, and integer counts per class."""
+    stored = read_json(run.folder / "run.json")
+    path = results / f"{run.folder.name}.json"
+    seconds = run.provenance["seconds"]["training"]
+    write_json(
+        path,
+        {
+            **{k: stored[k] for k in ("config", "classes", "n", "correct", "selected_epoch")},
+            "provenance": run.provenance,
+            "seconds_per_epoch": round(seconds / run.config.epochs, 3),
+        },
+    )
+    return path
+
+
+def suite(
+    configs: Sequence[RunConfig],
+    minutes: float,
+    results: Path | None = None,
+    say: Callable[[str], None] = print,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Run]:
+    """Yields each run once it is whole and published. A run that the remaining time cannot hold is not started.
+
+    What is stored is loaded; an interrupted run goes on from its checkpoint. Everything is checked before work starts.
+    """
+    end = clock() + 60 * minutes
+    configs = [resolve(c) for c in configs]
+    for config in configs:
+        check(config)
+    known: dict[str, float] = {}
+    for config in configs:
+        folder = folder_of(config)
+        if not (folder / "run.json").exists():
+            kind = config.model_copy(update={"seed": 0}).key()
+            left = end - clock()
+            if left <= 0:
+                say(f"{folder.name}: not started, the time is up")
+                continue
+            needed = known[kind] if kind in known else estimate(config)
+            left = end - clock()
+            if needed > left:
+                say(f"{folder.name}: not started, it needs about {needed:.0f} s and {max(left, 0):.0f} s are left")
+                continue
+            start = clock()
+            (run,) = compute([config])
+            known[kind] = clock() - start
+        else:
+            (run,) = compute([config])
+        path = publish(run, results or ROOT / "results")
+        say(f"{folder.name}: {run.provenance['seconds']['training'] / config.epochs:.2f} s per epoch, {path.name}")
+        yield run

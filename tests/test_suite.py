@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+
+from cfol_nb import suite
+from cfol_nb.runs import compute, stored
+from cfol_nb.suite import METHODS, PAPER, configurations, estimate
+
+TINY = {"epochs": 2, "train_limit": 24, "test_limit": 6, "steps": 2}
+
+
+def test_every_method_comes_once_before_any_comes_twice():
+    configs = configurations("digits", ["erm", "cfol-trades"], 2, epochs=3)
+    seen = [(c.method["name"], c.objective["name"], c.seed) for c in configs]
+    assert seen == [("erm", "at", 0), ("cfol", "trades", 0), ("erm", "at", 1), ("cfol", "trades", 1)]
+    assert all(c.epochs == 3 for c in configs)
+
+
+def test_the_papers_schedule_decays_at_100_and_150_of_200():
+    (config,) = configurations("cifar10", ["cfol"], 1, **PAPER)
+    assert config.epochs == 200
+    factors = [config.schedule(e / 200) for e in (0, 99, 100, 149, 150, 199)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert config.eps * 255 == pytest.approx(8)
+
+
+def test_all_methods_are_known():
+    for config in configurations("digits", list(METHODS), 1):
+        suite.check(config)
+
+
+def test_publishes_integer_counts_and_goes_on_where_it_stopped(tmp_path):
+    said = []
+    configs = configurations("digits", ["erm", "cfol"], 1, ema=0.9, **TINY)
+    (first,) = list(suite.suite(configs[:1], 5, tmp_path, said.append))
+    both = list(suite.suite(configs, 5, tmp_path, said.append))
+    assert both[0].history == first.history
+    assert len(said) == 3
+    for run in both:
+        kept = json.loads((tmp_path / f"{run.folder.name}.json").read_text())
+        assert set(kept) == {"config", "classes", "n", "correct", "selected_epoch", "provenance", "seconds_per_epoch"}
+        assert set(kept["correct"]) == {"last", "selected", "ema"}
+        assert kept["correct"]["ema"]["pgd20"] == [
+            int((run.outcomes["ema"].correct("pgd20") & (run.outcomes["ema"].labels == c)).sum()) for c in range(10)
+        ]
+        assert kept["n"] == [6] * 10
+
+
+def test_no_run_is_started_that_the_time_left_cannot_hold(tmp_path, monkeypatch):
+    now, started = [0.0], []
+    monkeypatch.setattr(suite, "estimate", lambda config: 100.0)
+    plain = suite.compute
+
+    def slow(configs):
+        started.append(configs[0].method["name"])
+        now[0] += 130
+        return plain(configs)
+
+    monkeypatch.setattr(suite, "compute", slow)
+    said = []
+    done = list(
+        suite.suite(
+            configurations("digits", ["erm", "cfol"], 2, **TINY), 300 / 60, tmp_path, said.append, lambda: now[0]
+        )
+    )
+    # 300 s: erm to 130, cfol to 260; then erm is known to need 130 of the 40 that are left
+    assert started == ["erm", "cfol"]
+    assert len(done) == len(list(tmp_path.glob("*.json"))) == 2
+    assert sum("needs about 130 s and 40 s are left" in s for s in said) == 2
+
+
+def test_the_estimate_is_near_the_truth():
+    torch.set_num_threads(1)
+    config = configurations("digits", ["cfol"], 1, epochs=6, device="cpu")[0]
+    guess = estimate(config)
+    (run,) = compute([config])
+    taken = sum(run.provenance["seconds"].values())
+    assert 0.5 * taken < guess < 2.5 * taken
+    assert stored() == [run.folder]
+
+
+def test_everything_is_checked_before_the_first_run(tmp_path):
+    configs = configurations("digits", ["erm"], 1, **TINY) + configurations(
+        "digits", ["erm"], 1, model="nothing", **TINY
+    )
+    with pytest.raises(ValueError, match="unknown model"):
+        list(suite.suite(configs, 5, tmp_path))
+    assert not stored()
