@@ -69,6 +69,8 @@ def test_defaults_fit_the_data_set():
         ({"attacks": {"a": {"eps": 8, "step": 1, "steps": 1}}}, "8/255"),
         ({"schedule": "linear"}, "onecycle"),
         ({"seed": -1}, "seed"),
+        ({"schedule": {"name": "step", "milestones": [100, 150]}}, "milestones"),
+        ({"method": {"name": "cfol", "eta": float("inf")}}, "JSON"),
     ],
 )
 def test_bad_settings_are_refused(given, says):

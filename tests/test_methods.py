@@ -88,6 +88,19 @@ def test_reweighted_cfol_divides_by_the_uniform_distribution():
     torch.testing.assert_close(method.classes.w, torch.tensor([0.8, 0, 0.4, 0], dtype=torch.float64))
 
 
+def test_both_forms_of_cfol_agree_in_the_mean_on_imbalanced_classes():
+    labels = torch.tensor([0] * 900 + [1] * 100)
+    for form in ("sample", "reweight"):
+        method = CFOL(labels, 2, eta=0.01, form=form)
+        for _ in range(20):
+            index = method.draw(100)
+            method.after_step(index, labels[index], torch.eye(2)[1 - labels[index]])  # every prediction is wrong
+        torch.testing.assert_close(method.classes.w, torch.full((2,), 20.0).double(), rtol=0.2, atol=0)
+    y, losses = torch.tensor([0] * 90 + [1] * 10), torch.rand(100, dtype=torch.float64)
+    want = sum(method.classes.p[c] * losses[y == c].mean() for c in (0, 1))
+    torch.testing.assert_close(method.reduce(losses, y, None), want)
+
+
 def test_drift_is_eta_times_the_examples_of_the_run():
     assert CFOL(LABELS, 4, examples=40_000 * 200).classes.eta == pytest.approx(5e-6)  # the released commands
     assert FOL(LABELS, 4, examples=40_000 * 200).sampler.eta == pytest.approx(5e-7)

@@ -84,6 +84,11 @@ def test_train_prints_the_class_table(command):
         (("train", "--dataset", "imagefolder:nowhere"), "no folder nowhere"),
         (("train", "--dataset", "stl10"), "fetch stl10"),
         (("run", "99"), "unknown notebook"),
+        (("train", "-s", "seed=abc"), "seed"),
+        (("train", "-s", "method.gamma=7"), "gamma=7"),
+        (("train", "-s", "batch_size=5000"), "batch_size=5000 is larger"),
+        (("suite", "digits", "--methods", "erm,cfl"), "did you mean 'cfol'"),
+        (("suite", "digits", "-s", "objective=trades"), "use --methods"),
         (("run", "00", "-p", "seed=3"), "did you mean 'seeds'"),
         (("run", "-p", "seeds=x"), "int is needed"),
         (("run", "--store", "-p", "seeds=1"), "leave out -p"),
@@ -96,6 +101,17 @@ def test_mistakes_are_refused_in_one_sentence_on_stderr(command, words, says):
     assert says in err
     assert err.count("\n") <= 2
     assert "Traceback" not in err
+
+
+def test_settings_mean_what_they_say():
+    assert cli._settings("digits", ["dataset=cifar10", "model.width=16"])["model"] == {
+        "name": "preactresnet18",
+        "width": 16,
+    }
+    assert cli._settings("digits", ["model=resnet18", "model.width=8"])["model"] == {"name": "resnet18", "width": 8}
+    assert cli._settings("digits", ["imbalance.factor=10"])["imbalance"] == {"factor": 10}
+    assert cli._settings("digits", ["method.drift=3"], method="cfol")["method"] == {"name": "cfol", "drift": 3}
+    assert cli._settings("digits", ["eps=8/255"])["eps"] == 8 / 255
 
 
 def test_interrupting_is_not_an_error_message(command, monkeypatch):

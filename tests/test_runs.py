@@ -89,11 +89,13 @@ def test_many_runs_in_processes_equal_each_alone(tiny):
     assert len(alone) == 4
 
 
-def test_any_executor_will_do(tiny):
-    with ThreadPoolExecutor(2) as pool:
-        a, b = compute([tiny(seed=0), tiny(seed=1)], executor=pool)
-    assert a.config.seed == 0
-    assert b.config.seed == 1
+def test_any_executor_will_do(tiny, monkeypatch, tmp_path):
+    before, configs = torch.get_num_threads(), [tiny(seed=s) for s in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        together = [digest(r.folder) for r in compute(configs, executor=pool)]
+    assert torch.get_num_threads() == before
+    monkeypatch.setenv("CFOL_NB_RUNS", str(tmp_path / "again"))
+    assert [digest(r.folder) for c in configs for r in compute([c])] == together
 
 
 def test_one_failing_run_does_not_stop_the_others(tiny):
@@ -107,6 +109,10 @@ def test_one_failing_run_does_not_stop_the_others(tiny):
 def test_everything_is_checked_before_work_starts(tiny):
     with pytest.raises(ValueError, match="did you mean 'cfol'"):
         compute([tiny(seed=0), tiny(method="cfool")])
+    with pytest.raises(ValueError, match="batch_size=9999"):
+        compute([tiny(seed=0), tiny(batch_size=9999)])
+    with pytest.raises(ValueError, match="gamma=7"):
+        compute([tiny(seed=0), tiny(method={"name": "cfol", "gamma": 7})])
     with pytest.raises(FileNotFoundError, match="cfol-nb fetch cifar10"):
         compute([tiny(seed=0), tiny(dataset="cifar10")])
     assert not stored()
@@ -220,7 +226,9 @@ def test_damaged_runs_are_refused_and_others_are_untouched(tiny):
         (a.folder / name).write_bytes(broken)
         with pytest.raises(Corrupt, match=name):
             compute([tiny(seed=0)])
-        (a.folder / name).write_bytes(whole)
+        (a.folder / name).unlink()  # as the message says
+        assert compute([tiny(seed=0)])[0].history == a.history
+        assert (a.folder / name).read_bytes() == whole
     assert digest(b.folder) == before
     assert compute([tiny(seed=0)])[0].history == a.history
 

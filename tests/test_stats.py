@@ -176,6 +176,31 @@ def test_runs_on_other_images_are_not_compared():
         stats.class_table(a, "aa")
 
 
+def test_a_class_without_images_is_named_and_never_the_weakest():
+    o = outcomes([0, 0, 0, 2, 2], [1, 0, 1, 1, 1], k=3)
+    assert stats.weakest(o) == "c0"
+    with pytest.raises(ValueError, match="'c1' has no test images"):
+        stats.summary(o)
+
+
+def test_the_last_attack_is_the_last_that_was_given_also_after_storing(linear, tmp_path):
+    from cfol_nb.files import read_tensors, write_tensors
+
+    x, y = torch.rand(20, 1, 4, 4, dtype=torch.float64), torch.arange(20) % 4
+    given = {
+        "weak": {"eps": 0.01, "step": 0.01, "steps": 1},
+        "aa": {"eps": 0.3, "step": 0.1, "steps": 5},
+        "b": {"eps": 0.1, "step": 0.1, "steps": 1},
+    }
+    o = evaluate(linear(16, 4), x, y, given)
+    write_tensors(tmp_path / "o", o.tensors(), o.meta())
+    again = Outcomes.from_tensors(*read_tensors(tmp_path / "o"))
+    assert stats.last_attack(again) == stats.last_attack(o) == "b"
+    assert list(again.attacks) == ["weak", "aa", "b"]
+    with pytest.raises(ValueError, match="3 class names, but the model has 4 outputs"):
+        evaluate(linear(16, 4), x, y, given, class_names=("a", "b", "c"))
+
+
 def test_figures_show_the_numbers():
     groups = {"A": [random_outcomes(0), random_outcomes(1)], "B": [random_outcomes(2), random_outcomes(3)]}
     fig = plots.class_accuracies(groups)

@@ -17,6 +17,12 @@ def test_every_method_comes_once_before_any_comes_twice():
     assert all(c.epochs == 3 for c in configs)
 
 
+def test_settings_win_over_what_a_method_brings():
+    first, second = configurations("digits", ["lcvar", "cfol"], 1, lr=0.3)
+    assert first.lr == second.lr == 0.3
+    assert configurations("digits", ["lcvar"], 1)[0].lr == 0.05
+
+
 def test_the_papers_schedule_decays_at_100_and_150_of_200():
     (config,) = configurations("cifar10", ["cfol"], 1, **PAPER)
     assert config.epochs == 200
@@ -68,6 +74,16 @@ def test_no_run_is_started_that_the_time_left_cannot_hold(tmp_path, monkeypatch)
     assert started == ["erm", "cfol"]
     assert len(done) == len(list(tmp_path.glob("*.json"))) == 2
     assert sum("needs about 130 s and 40 s are left" in s for s in said) == 2
+
+
+def test_a_run_that_fails_does_not_stop_the_suite(tmp_path):
+    said = []
+    configs = configurations("digits", ["erm"], 1, **{**TINY, "lr": 1e9, "epochs": 3}) + configurations(
+        "digits", ["cfol"], 1, **TINY
+    )
+    (run,) = suite.suite(configs, 5, tmp_path, said.append)
+    assert run.config.method["name"] == "cfol"
+    assert "training diverged" in said[0]
 
 
 def test_the_estimate_is_near_the_truth():

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from cfol_nb import models
+from cfol_nb import train as train_module
 from cfol_nb.attacks import pgd
 from cfol_nb.data import limit, split
 from cfol_nb.evaluate import as_float, evaluate
@@ -33,6 +35,7 @@ def test_is_the_plain_loop(tiny, images):
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9, weight_decay=1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * (n // 32))
     average = {k: v.clone() for k, v in model.state_dict().items()}
+    done_steps = 0
     shuffle, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     for _ in range(2):
         order = torch.randperm(n, generator=shuffle)
@@ -44,7 +47,9 @@ def test_is_the_plain_loop(tiny, images):
             torch.nn.functional.cross_entropy(model(x_adv), yb).backward()
             optimizer.step()
             scheduler.step()
-            average = {k: 0.8 * average[k] + 0.2 * v for k, v in model.state_dict().items()}
+            decay = min(0.8, (1 + done_steps) / (10 + done_steps))  # young averages forget faster
+            average = {k: decay * average[k] + (1 - decay) * v for k, v in model.state_dict().items()}
+            done_steps += 1
     done = train(config, train_images, held)
     for k, v in model.state_dict().items():
         torch.testing.assert_close(done.weights["last"][k], v, rtol=0, atol=1e-12)
@@ -145,6 +150,37 @@ def test_sigterm_and_ctrl_c_stop_after_a_step_and_the_run_goes_on_to_the_same_by
     assert all(same(straight.weights[w], done.weights[w]) for w in ("last", "selected", "ema"))
     assert straight.history == done.history
     assert straight.selected_epoch == done.selected_epoch
+
+
+def test_a_checkpoint_of_other_code_is_not_continued(tiny, images, tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    first = train(tiny(), *images, checkpoint=path)
+    monkeypatch.setattr(train_module, "code_hash", lambda: "other")
+    with pytest.warns(UserWarning, match="starts anew"):
+        again = train(tiny(), *images, checkpoint=path)
+    assert same(first.weights["last"], again.weights["last"])
+
+
+def test_layers_that_draw_are_repeatable_too_and_the_global_generator_is_left_alone(tiny, images, tmp_path):
+    @models.register("test-dropout")
+    def make(num_classes, channels):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.3), torch.nn.Linear(64, num_classes))
+
+    def stop(done, total):
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        config, path = tiny(model="test-dropout"), tmp_path / "c.safetensors"
+        torch.manual_seed(5)
+        straight = train(config, *images)
+        assert torch.initial_seed() == 5
+        torch.manual_seed(6)
+        with pytest.raises(Stopped):
+            train(config, *images, checkpoint=path, progress=stop)
+        assert same(straight.weights["last"], train(config, *images, checkpoint=path).weights["last"])
+    finally:
+        models.MODELS.pop("test-dropout")
 
 
 def test_checkpoints_can_be_switched_off(tiny, images, tmp_path):

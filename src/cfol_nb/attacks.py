@@ -54,6 +54,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
 
 def _like(value, x: Tensor) -> Tensor | float:
     """A number as it is; one per example as (n, 1, ..., 1)."""
+    value = value if isinstance(value, int | float) else torch.as_tensor(value)
     if not torch.is_tensor(value) or value.ndim == 0:
         return value
     if value.shape != x.shape[:1]:
@@ -95,10 +96,16 @@ def pgd(
     Each step moves, projects, and only then differentiates at the projected point. ValueError for bad input.
     """
     choose("norm", norm, ("linf", "l2"))
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"steps={steps}, restarts={restarts}: at least 1 of each is needed")
     if check and len(x):
         check_images(x)
         for value in torch.as_tensor(eps).aminmax():
             check_radius(float(value), norm)
+        if not (torch.as_tensor(step) >= 0).all():
+            raise ValueError(f"step={step} is not a number >= 0")
+        if len(y) != len(x) or y.is_floating_point() or (not callable(loss) and loss != "kl" and int(y.min()) < 0):
+            raise ValueError(f"{len(x)} images need as many labels, integers from 0")
     loss_of = loss if callable(loss) else None
     if loss_of is None:
         named, clean = LOSSES[choose("attack loss", loss, LOSSES)], None

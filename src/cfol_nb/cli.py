@@ -26,22 +26,21 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return dict(t.split("=", 1) for t in texts)
 
 
-def _settings(dataset: str, texts: list[str], values: dict | None = None) -> dict:
+def _settings(dataset: str, texts: list[str], **values) -> dict:
     """RunConfig's arguments from `values` and from texts such as epochs=10 or model.width=16."""
     from cfol_nb.config import RunConfig
     from cfol_nb.headless import parse
 
-    values = {"dataset": dataset, **(values or {})}
-    for name, text in _pairs(texts).items():
+    pairs = _pairs(texts)
+    values = {"dataset": dataset, **values}
+    values |= {k: v if k == "dataset" else parse(v) for k, v in pairs.items() if "." not in k}
+    for name, text in pairs.items():
         key, _, inner = name.partition(".")
-        value = text if key == "dataset" else parse(text)
         if inner:
-            held = values.setdefault(key, RunConfig(dataset=dataset).model_dump().get(key))
-            if not isinstance(held, dict):
+            if key not in ("model", "method", "objective", "schedule", "imbalance"):
                 raise ValueError(f"{key} takes no options, so {name} means nothing")
-            held[inner] = value
-        else:
-            values[key] = value
+            held = values.get(key, RunConfig(dataset=values["dataset"]).model_dump()[key]) or {}
+            values[key] = {**({"name": held} if isinstance(held, str) else held), inner: parse(text)}
     return values
 
 
@@ -128,9 +127,9 @@ def train(
     from cfol_nb.runs import compute
     from cfol_nb.stats import class_table, headline, last_attack, weakest
 
-    values = {"method": {"name": method}, "objective": {"name": objective}}
-    values = _settings(dataset, settings, values)
-    runs = compute([RunConfig(**values | {"seed": values.get("seed", 0) + s}) for s in range(seeds)])
+    values = _settings(dataset, settings, method=method, objective=objective)
+    first = RunConfig(**values).seed
+    runs = compute([RunConfig(**values | {"seed": first + s}) for s in range(seeds)])
     outcomes = [r.outcomes["last"] for r in runs]
     for r in runs:
         typer.echo(
@@ -173,6 +172,8 @@ def suite(
 
     names = [choose("method of the suite", m.strip(), s.METHODS) for m in methods.split(",")]
     values = {**(s.PAPER if paper else {}), **_settings(dataset, settings)}
+    if fixed := sorted({"method", "objective", "seed", "seeds"} & set(values)):
+        raise ValueError(f"the suite sets {fixed[0]} itself: use --methods and --seeds")
     done = list(s.suite(s.configurations(methods=names, seeds=seeds, **values), minutes, results, typer.echo))
     groups: dict[str, list] = {}
     for run in done:

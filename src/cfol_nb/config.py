@@ -60,7 +60,7 @@ def _spec(value: Any) -> Any:
 
 
 def _plain(value: dict) -> dict:
-    json.dumps(value)  # refuses what could not be stored
+    json.dumps(value, allow_nan=False)  # refuses what could not be stored
     return value
 
 
@@ -99,8 +99,8 @@ class Schedule(_Strict):
     """Learning rate over the run: 'onecycle' (up for 30 %, down to zero), 'cosine', 'step' (x factor at milestones)."""
 
     name: Literal["onecycle", "cosine", "step"]
-    milestones: tuple[float, ...] = (0.5, 0.75)  # fractions of the run
-    factor: float = 0.1
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)  # fractions of the run
+    factor: float = Field(0.1, gt=0)
 
     def __call__(self, progress: float) -> float:
         """Factor on the peak learning rate when `progress` in [0, 1) of the run is done."""
@@ -120,7 +120,7 @@ _IMAGES = dict(zip(_COLUMNS, ("preactresnet18", 8 / 255, 30, 128, 0.1, "float32"
 
 
 class RunConfig(_Strict):
-    """All that defines a run: the same values on the same device give the same bytes.
+    """All that defines a run: the same values on the same device and versions give the same bytes.
 
     Fields without a default here take the data set's: digits train a small CNN in float64 at an L-inf radius of 0.15
     for 40 epochs of batches of 64, image data sets a PreActResNet-18 in float32 at 8/255 for 30 epochs.

@@ -38,13 +38,13 @@ class Outcomes:
     def from_tensors(cls, tensors: Mapping[str, Tensor], meta: dict) -> Outcomes:
         return cls(
             tensors["labels"].numpy(),
-            {k: tensors[f"prediction.{k}"].numpy() for k in ("clean", *meta["attacks"])},
+            {k: tensors[f"prediction.{k}"].numpy() for k in ("clean", *meta["order"])},
             tuple(meta["class_names"]),
-            meta["attacks"],
+            {k: meta["attacks"][k] for k in meta["order"]},
         )
 
     def meta(self) -> dict:
-        return {"class_names": list(self.class_names), "attacks": self.attacks}
+        return {"class_names": list(self.class_names), "attacks": self.attacks, "order": list(self.attacks)}
 
 
 def as_float(images: Tensor, dtype: torch.dtype, device) -> Tensor:
@@ -97,6 +97,8 @@ def evaluate(
                     f"labels reach from {int(labels.min())} to {int(labels.max())}, "
                     f"but the model has {logits.shape[1]} outputs"
                 )
+            if class_names is not None and len(class_names) != logits.shape[1]:
+                raise ValueError(f"{len(class_names)} class names, but the model has {logits.shape[1]} outputs")
             if not logits.isfinite().all():
                 raise FloatingPointError("the model's logits are not finite: it diverged, or its weights are damaged")
             predictions["clean"].append(logits.argmax(1).cpu())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 _HERE = Path(__file__).resolve().parents[2]
-ROOT = _HERE if (_HERE / "pyproject.toml").exists() else Path.cwd()
+CHECKOUT = (_HERE / "pyproject.toml").exists()  # else the package was installed away from its repository
+ROOT = _HERE if CHECKOUT else Path.cwd()
 
 
 class Corrupt(RuntimeError):
@@ -61,6 +63,15 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except ValueError as error:
         raise Corrupt(f"{path} is not whole JSON ({error}); delete it to compute it anew") from error
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of the source that decides a run's numbers, 16 hexadecimal digits."""
+    here = Path(__file__).parent
+    names = ("attacks", "config", "data", "evaluate", "models", "objectives", "samplers", "stats", "train")
+    files = [*(here / f"{n}.py" for n in names), *sorted((here / "methods").glob("*.py"))]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -23,7 +23,6 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,18 @@ from torch import nn
 from cfol_nb.config import RunConfig
 from cfol_nb.data import fingerprint, prepare
 from cfol_nb.evaluate import Outcomes, evaluate
-from cfol_nb.files import ROOT, Corrupt, bar, read_json, read_tensors, runs_dir, write_json, write_tensors
+from cfol_nb.files import (
+    CHECKOUT,
+    ROOT,
+    Corrupt,
+    bar,
+    code_hash,
+    read_json,
+    read_tensors,
+    runs_dir,
+    write_json,
+    write_tensors,
+)
 from cfol_nb.methods import METHODS
 from cfol_nb.models import MODELS
 from cfol_nb.stats import counts
@@ -118,6 +128,14 @@ def folder_of(config: RunConfig) -> Path:
     return runs_dir() / "store" / "-".join(words)
 
 
+FILES = ("run.json", "provenance.json", "outcomes.safetensors", "weights.safetensors")
+
+
+def whole(folder: Path) -> bool:
+    """Whether a folder holds a finished run."""
+    return all((folder / name).exists() for name in FILES)
+
+
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Only one process at a time is inside for a folder; the system frees the lock of a process that died."""
@@ -130,17 +148,9 @@ def _alone(folder: Path) -> Iterator[None]:
 # -- provenance --------------------------------------------------------------------------------------------------------
 
 
-@cache
-def code_hash() -> str:
-    """Of the source that decides a run's numbers."""
-    here = Path(__file__).parent
-    files = [here / f"{m}.py" for m in ("attacks", "data", "evaluate", "models", "objectives", "samplers", "train")]
-    return hashlib.sha256(
-        b"".join(f.read_bytes() for f in [*files, *sorted((here / "methods").glob("*.py"))])
-    ).hexdigest()[:16]
-
-
 def _git(*words: str) -> str | None:
+    if not CHECKOUT:
+        return None
     try:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -172,15 +182,31 @@ def _work(
 ) -> None:
     """Compute one run into its folder, unless another process did so in the meantime."""
     config, path = RunConfig.model_validate_json(config_json), Path(folder)
-    threads = torch.get_num_threads()
-    if config.dtype == "float64" and config.device == "cpu":
+    with threads(config), _alone(path):
+        if not whole(path):
+            _compute(config, path, checkpoint_every, report or _Progress(path / "progress"))
+
+
+_using_one: list[int] = []  # how many threads torch had, once for each run that is here and needs one
+_counting = threading.Lock()
+
+
+@contextlib.contextmanager
+def threads(config: RunConfig) -> Iterator[None]:
+    """One thread while a float64 run on the CPU is computed; several such runs may overlap in threads."""
+    if config.dtype != "float64" or config.device == "cuda":
+        yield
+        return
+    with _counting:
+        _using_one.append(_using_one[0] if _using_one else torch.get_num_threads())
         torch.set_num_threads(1)
     try:
-        with _alone(path):
-            if not (path / "run.json").exists():
-                _compute(config, path, checkpoint_every, report or _Progress(path / "progress"))
+        yield
     finally:
-        torch.set_num_threads(threads)
+        with _counting:
+            before = _using_one.pop()
+            if not _using_one:
+                torch.set_num_threads(before)
 
 
 class _Progress:
@@ -204,7 +230,6 @@ class _Progress:
 
 
 def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Callable[[int, int], None]) -> None:
-    start = time.perf_counter()
     origin = provenance(config.device)
     train_images, held, data = prepare(config)
     checkpoint = folder / "checkpoint.safetensors"
@@ -218,8 +243,7 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
         checkpoint_every=checkpoint_every,
         progress=report,
     )
-    training = time.perf_counter() - start
-
+    start = time.perf_counter()
     model, found = new_model(config, train_images).to(config.device), {}
     for which, weights in trained.weights.items():
         model.load_state_dict(weights)
@@ -240,7 +264,7 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
         folder / "provenance.json",
         {
             **origin,
-            "seconds": {"training": round(training, 2), "evaluation": round(time.perf_counter() - start - training, 2)},
+            "seconds": {"training": round(trained.seconds, 2), "evaluation": round(time.perf_counter() - start, 2)},
         },
     )
     write_json(
@@ -326,9 +350,14 @@ def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, c
     for config in configs:
         check(config)
     folders = {c.key(): folder_of(c) for c in configs}
-    missing = {k: c for c in configs if not (folders[k := c.key()] / "run.json").exists()}
-    for config in {(c.dataset, c.image_size): c for c in missing.values()}.values():
-        prepare(config)  # refuse bad data now, and decode once, not in every process
+    missing = {k: c for c in configs if not whole(folders[k := c.key()])}
+    data = ("dataset", "image_size", "split_seed", "holdout", "train_limit", "test_limit", "imbalance", "batch_size")
+    for config in {str([getattr(c, f) for f in data]): c for c in missing.values()}.values():
+        images, _, _ = prepare(config)  # refuse bad data now, and decode once, not in every process
+        if config.batch_size > len(images):
+            raise ValueError(
+                f"batch_size={config.batch_size} is larger than the training split of {len(images)} images"
+            )
     reasons: dict[str, str] = {}
     if missing:
         with bar(len(missing), "runs") as progress:
@@ -385,11 +414,11 @@ def _compute_missing(
                         todo.append(key)  # a process died, perhaps another run's: once more, from its checkpoint
                     elif error is not None:
                         reasons[key] = _reason(error)
-                whole = [(folders[k] / "run.json").exists() for k in missing]
+                ready = [whole(folders[k]) for k in missing]
                 parts = [
-                    _Progress.read(folders[k] / "progress") for k, done in zip(missing, whole, strict=True) if not done
+                    _Progress.read(folders[k] / "progress") for k, done in zip(missing, ready, strict=True) if not done
                 ]
-                progress.update(sum(whole) + sum(parts) - progress.n)
+                progress.update(sum(ready) + sum(parts) - progress.n)
             if not todo:
                 break
             executor = _pool([missing[k] for k in missing])
@@ -406,7 +435,7 @@ def _compute_missing(
 
 def stored() -> list[Path]:
     """Folders of the runs that are whole."""
-    return sorted(p.parent for p in (runs_dir() / "store").glob("*/run.json"))
+    return sorted(p for p in (runs_dir() / "store").glob("*") if whole(p))
 
 
 __all__ = ["Corrupt", "Run", "RunsFailed", "compute", "folder_of", "stored"]

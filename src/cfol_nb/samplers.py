@@ -3,9 +3,9 @@
 Both are `torch.utils.data.Sampler`s, so they work alone in any `DataLoader` loop, and `nn.Module`s, so that
 `.to(device)` moves their state and `state_dict()` saves it, the random generator included.
 
-Neither `draw` nor `update` loops over examples or waits for the device. The 0-1 losses given to `update` must belong to
-the oldest draws not yet accounted for: each is divided by the probability that held *when it was drawn*, also when a
-`DataLoader` has drawn ahead.
+Neither `draw` nor `update` loops over examples or waits for the device. The 0-1 losses given to `update` belong to the
+oldest draws not yet accounted for: each is divided by the probability that held *when it was drawn*, also when a
+`DataLoader` iterates ahead of the training loop.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class _Stateful(nn.Module, Sampler):
 
     def __len__(self) -> int:
         return self.n
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.device
 
     def get_extra_state(self) -> dict:
         return {"generator": self.generator.get_state()}
@@ -84,7 +88,10 @@ class _Exp3(_Stateful):
         self._drawn: deque[list] = deque()  # [losses seen, draws, what recalls their probability] of each block
 
     def draw(self, n: int) -> Tensor:
-        """(n,) int64 indices from the current distribution, with replacement."""
+        """(n,) int64 indices from the current distribution, with replacement.
+
+        `update` for them comes before the next `draw`; to draw further ahead, iterate, or give `update` their p.
+        """
         self._drawn.clear()
         return self._draw(n)
 
@@ -115,12 +122,14 @@ class _Exp3(_Stateful):
 
         arm: (n,) int64, the label (`ClassSampler`) or index (`ExampleSampler`) of each example.
         wrong: (n,) in [0, 1], the 0-1 loss of the adversarial prediction, at the parameters before the step.
-        p: the probability that the example was drawn with; by default that of the oldest draws still open.
+        p: (n,) or a number, the probability that the example was drawn with; by default that of the n oldest draws that
+        are still open, so leave none out and keep their order, or give p.
         """
         if len(arm) != len(wrong):
             raise ValueError(f"{len(arm)} examples and {len(wrong)} losses: one loss per example is needed")
-        p = self._probability(arm) if p is None else p
-        self._add(arm, wrong.detach().to(arm.device, torch.float64) / p)
+        arm = arm.to(self.device)
+        p = self._probability(arm) if p is None else torch.as_tensor(p, device=self.device)
+        self._add(arm, wrong.detach().to(self.device, torch.float64) / p)
 
 
 class ClassSampler(_Exp3):

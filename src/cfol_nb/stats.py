@@ -111,6 +111,9 @@ def _same_images(several: Sequence[Outcomes]) -> None:
 def _resampled(several: Sequence[Outcomes], attack: str, draws: int, rng: np.random.Generator) -> np.ndarray:
     """(draws, S, K) class accuracies with images redrawn within each class, alike in all S runs."""
     labels = several[0].labels
+    for name, n in zip(several[0].class_names, counts(several[0], attack)[1], strict=True):
+        if not n:
+            raise ValueError(f"class {name!r} has no test images: its accuracy, and so the worst one, is unknown")
     right = np.stack([o.correct(attack) for o in several])
     out = np.empty((draws, len(several), len(several[0].class_names)))
     for c in range(out.shape[2]):
@@ -169,7 +172,7 @@ def summary(
 def weakest(outcomes: Outcomes | Sequence[Outcomes], attack: str | None = None) -> str:
     """Name of the class with the lowest accuracy, averaged over runs."""
     several = _listed(outcomes)
-    return several[0].class_names[int(np.mean([accuracies(o, attack) for o in several], 0).argmin())]
+    return several[0].class_names[int(np.nanargmin(np.mean([accuracies(o, attack) for o in several], 0)))]
 
 
 def headline(groups: Mapping[str, Sequence[Outcomes]], attack: str | None = None) -> pd.DataFrame:

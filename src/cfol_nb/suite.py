@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from cfol_nb.config import RunConfig
 from cfol_nb.data import prepare
 from cfol_nb.files import ROOT, read_json, write_json
-from cfol_nb.runs import Run, compute, folder_of, resolve
+from cfol_nb.runs import Run, RunsFailed, _Progress, compute, folder_of, resolve, threads, whole
 from cfol_nb.train import check, train
 
 PAPER = {"epochs": 200, "schedule": {"name": "step", "milestones": [0.5, 0.75]}}
@@ -31,9 +33,12 @@ class _Enough(Exception):
 
 
 def configurations(dataset: str, methods: Sequence[str], seeds: int, **settings) -> list[RunConfig]:
-    """Every method with seed 0, then every method with seed 1, and so on: an early end leaves whole comparisons."""
+    """Every method with seed 0, then every method with seed 1, and so on: an early end leaves whole comparisons.
+
+    settings: of RunConfig, for all of them; what a method needs otherwise (METHODS) yields to them.
+    """
     return [
-        RunConfig(**{"dataset": dataset, **settings, **METHODS[m], "seed": s})
+        RunConfig(**{"dataset": dataset, **METHODS[m], **settings, "seed": s})
         for s, m in itertools.product(range(seeds), methods)
     ]
 
@@ -44,11 +49,13 @@ def estimate(config: RunConfig, steps: int = 8) -> float:
     times = []
 
     def watch(done: int, total: int) -> None:
+        if config.device == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter())
         if done == min(steps, total):
             raise _Enough
 
-    with contextlib.suppress(_Enough):
+    with contextlib.suppress(_Enough), threads(config):
         train(config, images, held, crop=data.crop, flip=data.flip, progress=watch)
     step = (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else times[-1] - times[0]
     per_pass = step / (config.batch_size * (2 * config.steps + 3))  # one forward pass of one image
@@ -94,20 +101,26 @@ def suite(
     known: dict[str, float] = {}
     for config in configs:
         folder = folder_of(config)
-        if not (folder / "run.json").exists():
+        if not whole(folder):
             kind = config.model_copy(update={"seed": 0}).key()
             left = end - clock()
             if left <= 0:
                 say(f"{folder.name}: not started, the time is up")
                 continue
-            needed = known[kind] if kind in known else estimate(config)
-            left = end - clock()
-            if needed > left:
-                say(f"{folder.name}: not started, it needs about {needed:.0f} s and {max(left, 0):.0f} s are left")
+            done = _Progress.read(folder / "progress")  # of an interrupted run
+            try:
+                needed = (1 - done) * (known[kind] if kind in known else estimate(config))
+                left = end - clock()
+                if needed > left:
+                    say(f"{folder.name}: not started, it needs about {needed:.0f} s and {max(left, 0):.0f} s are left")
+                    continue
+                start = clock()
+                (run,) = compute([config])
+            except (RunsFailed, FloatingPointError) as failed:
+                say(f"{folder.name}: {failed}")
                 continue
-            start = clock()
-            (run,) = compute([config])
-            known[kind] = clock() - start
+            if not done:
+                known[kind] = clock() - start
         else:
             (run,) = compute([config])
         path = publish(run, results or ROOT / "results")

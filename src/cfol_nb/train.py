@@ -8,6 +8,8 @@ import json
 import math
 import signal
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +21,34 @@ from cfol_nb.attacks import pgd
 from cfol_nb.config import RunConfig, options
 from cfol_nb.data import ImageSet, augment
 from cfol_nb.evaluate import Outcomes, as_float, evaluate
-from cfol_nb.files import Corrupt, read_tensors, write_tensors
+from cfol_nb.files import Corrupt, code_hash, read_tensors, write_tensors
 from cfol_nb.methods import METHODS, Method
-from cfol_nb.models import MODELS, build
+from cfol_nb.models import build
 from cfol_nb.objectives import OBJECTIVES
 from cfol_nb.stats import counts
 
 
 def check(config: RunConfig) -> None:
-    """Raises ValueError, before any work, for a model, objective or method that is unknown or has no such option."""
-    options("model", config.model, MODELS, given=("num_classes", "channels"))
-    options("objective", config.objective, OBJECTIVES)
-    options("method", config.method, METHODS, given=("labels", "num_classes", "seed", "examples"))
+    """Raises ValueError, before any work, for a model, objective or method that is unknown or refuses its options."""
+    own = options("method", config.method, METHODS, given=("labels", "num_classes", "seed", "examples"))
+    METHODS[config.method["name"]](torch.arange(2), 2, examples=1, **own)  # refuses values that it cannot take
+    own = options("objective", config.objective, OBJECTIVES)
+    OBJECTIVES[config.objective["name"]](**own)
+    with torch.device("meta"):  # takes no memory and no time
+        build(num_classes=2, channels=3, **config.model)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no CUDA device: use device='cpu' or 'auto'")
+
+
+_global_generator = threading.Lock()  # torch initialises layers from the one generator that all threads share
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's global generators start from the seed, and are afterwards as they were."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 def make_model(config: RunConfig, num_classes: int, channels: int, **statistics) -> nn.Module:
@@ -44,8 +60,7 @@ def make_model(config: RunConfig, num_classes: int, channels: int, **statistics)
 def new_model(config: RunConfig, data: ImageSet) -> nn.Module:
     """The untrained network of a run, with the data set's normalisation, from the run's seed."""
     mean, std = data.statistics()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with _global_generator, _seeded(config.seed):
         return make_model(config, len(data.class_names), data.images.shape[1], mean=mean, std=std)
 
 
@@ -61,6 +76,7 @@ class Trained:
 
     weights: dict[str, dict[str, Tensor]]
     selected_epoch: int
+    seconds: float  # of training, the looks at the held-out split and earlier parts of an interrupted run included
     history: list[dict]
 
 
@@ -113,11 +129,12 @@ def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * model, batch-norm statistics included; counters are copied."""
-    for old, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if old.is_floating_point():
-            old.lerp_(new, 1 - decay)
-        else:
-            old.copy_(new)
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    old, new = zip(*((a, b) for a, b in pairs if a.is_floating_point()), strict=True)
+    torch._foreach_lerp_(old, new, 1 - decay)
+    for a, b in pairs:
+        if not a.is_floating_point():
+            a.copy_(b)
 
 
 def train(
@@ -138,6 +155,12 @@ def train(
     Raises Stopped after Ctrl-C or SIGTERM, Corrupt for a damaged or foreign checkpoint, FloatingPointError if the loss
     is no longer finite, ValueError for a batch larger than the split.
     """
+    # the global generator only serves layers that draw, such as dropout; cuDNN must repeat itself
+    with _seeded(config.seed), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        return _train(config, images, held, crop, flip, checkpoint, checkpoint_every, progress)
+
+
+def _train(config, images, held, crop, flip, checkpoint, checkpoint_every, progress) -> Trained:
     check(config)
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     batch, n = config.batch_size, len(images)
@@ -157,6 +180,7 @@ def train(
     pixels, labels = images.images.to(device), images.labels.to(device)
     low_precision = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
+    start, made_by = time.perf_counter(), [code_hash(), torch.__version__]
     step, history, best = 0, [], (-1.0, 0)  # best: held-out score, epoch
     selected = _copy(model.state_dict())
     averaged = copy.deepcopy(model).eval() if config.ema else None
@@ -176,16 +200,22 @@ def train(
                 "history": json.dumps(history),
                 "best": best,
                 "sum_loss": sum_loss,
+                "seconds": time.perf_counter() - start,
+                "global": [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if device.type == "cuda" else []),
             },
             "",
             tensors,
         )
-        write_tensors(checkpoint, tensors, {"key": config.key(), "tree": tree})
+        write_tensors(checkpoint, tensors, {"key": config.key(), "made_by": made_by, "tree": tree})
 
+    meta: dict = {}
     if checkpoint and checkpoint.exists():
         tensors, meta = read_tensors(checkpoint)
         if meta.get("key") != config.key():
             raise Corrupt(f"{checkpoint} belongs to another run; delete it to start anew")
+        if meta["made_by"] != made_by:
+            warnings.warn(f"{checkpoint} was written by other code or another torch: the run starts anew", stacklevel=2)
+    if meta.get("made_by") == made_by:
         state = _unflatten(meta["tree"], tensors)
         model.load_state_dict(state["model"])
         if averaged:
@@ -195,6 +225,10 @@ def train(
         generator.set_state(state["generator"])
         selected, step, best = state["selected"], state["step"], tuple(state["best"])
         history, sum_loss = json.loads(state["history"]), state["sum_loss"].to(device)
+        start -= state["seconds"]
+        torch.set_rng_state(state["global"][0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["global"][1])
 
     def attack(x: Tensor, y: Tensor) -> Tensor:
         if objective.attack_loss is None:
@@ -233,7 +267,7 @@ def train(
             method.after_step(index, y, logits.detach())  # the loss at the parameters before the step
             optimizer.step()
             if averaged:
-                _average(averaged, model, config.ema)
+                _average(averaged, model, min(config.ema, (1 + step) / (10 + step)))
             sum_loss += losses.detach().mean()
             step += 1
 
@@ -269,4 +303,4 @@ def train(
     weights = {"last": _copy(model.state_dict()), "selected": selected}
     if averaged:
         weights["ema"] = _copy(averaged.state_dict())
-    return Trained(weights, best[1], history)
+    return Trained(weights, best[1], time.perf_counter() - start, history)

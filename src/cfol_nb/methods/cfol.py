@@ -23,8 +23,9 @@ def _wrong(y: Tensor, logits: Tensor) -> Tensor:
 class CFOL(Method):
     """Exp3 over classes, fed with the 0-1 loss under attack.
 
-    form: "sample" draws classes from p; "reweight" draws uniformly and weighs the loss by K p_y (Table 10 of the
-    submission). gamma: share of uniform draws. eta: step size per example; by default drift / examples seen in the run,
+    form: "sample" draws classes from p; "reweight" draws as ERM does and weighs the loss by p_y over the share of class
+    y in the images, which is K p_y on balanced data (Table 10 of the submission). gamma: share of uniform draws.
+    eta: step size per example; by default drift / examples seen in the run,
     where the released commands amount to a drift of 5e-6 * 40,000 * 200 = 40.
     """
 
@@ -46,6 +47,7 @@ class CFOL(Method):
             self.sampler = classes
         else:
             self.adversary = classes
+            self.register_buffer("share", classes.count / len(labels))
 
     @property
     def classes(self) -> ClassSampler:
@@ -54,10 +56,10 @@ class CFOL(Method):
     def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
         if self.form == "sample":
             return losses.mean()
-        return (losses * (self.num_classes * self.classes.p[y]).to(losses)).mean()
+        return (losses * (self.classes.p / self.share)[y].to(losses)).mean()
 
     def after_step(self, index: Tensor, y: Tensor, logits: Tensor) -> None:
-        self.classes.update(y, _wrong(y, logits), None if self.form == "sample" else 1 / self.num_classes)
+        self.classes.update(y, _wrong(y, logits), None if self.form == "sample" else self.share[y])
 
     def trace(self) -> dict[str, Tensor]:
         return {"p": self.classes.p}
