@@ -163,6 +163,9 @@ class RunConfig(_Strict):
     attacks: dict[str, Attack] = Field(description="evaluation attacks by name; default PGD-20 at the training radius")
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    engine: Literal["auto", "eager", "compile", "graph"] = Field(
+        "auto", description="how a step is computed; auto: eager on the CPU, one CUDA graph on a GPU"
+    )
 
     @model_validator(mode="before")
     @classmethod

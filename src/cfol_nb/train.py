@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cfol_nb.attacks import pgd
 from cfol_nb.config import RunConfig, options
-from cfol_nb.data import ImageSet, augment
-from cfol_nb.evaluate import Outcomes, as_float, evaluate
+from cfol_nb.data import ImageSet
+from cfol_nb.engine import choose_engine, make_step
+from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.files import Corrupt, code_hash, read_tensors, write_tensors
 from cfol_nb.methods import METHODS, Method
 from cfol_nb.models import build
@@ -40,15 +40,29 @@ def check(config: RunConfig) -> None:
         raise ValueError("device='cuda', but torch sees no CUDA device: use device='cpu' or 'auto'")
 
 
-_global_generator = threading.Lock()  # torch initialises layers from the one generator that all threads share
+_sharing = threading.Lock()  # of torch's global generators, from which layers are initialised and dropout draws
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """torch's global generators that a run on this device may use."""
+    cuda = [torch.cuda.default_generators[torch.cuda.current_device()]] if device.type == "cuda" else []
+    return [torch.default_generator, *cuda]
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """torch's global generators start from the seed, and are afterwards as they were."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+    generators = _generators(device)
+    with _sharing:
+        before = [g.get_state() for g in generators]
+        for g in generators:
+            g.manual_seed(seed)
+    try:
         yield
+    finally:
+        with _sharing:
+            for g, state in zip(generators, before, strict=True):
+                g.set_state(state)
 
 
 def make_model(config: RunConfig, num_classes: int, channels: int, **statistics) -> nn.Module:
@@ -60,7 +74,8 @@ def make_model(config: RunConfig, num_classes: int, channels: int, **statistics)
 def new_model(config: RunConfig, data: ImageSet) -> nn.Module:
     """The untrained network of a run, with the data set's normalisation, from the run's seed."""
     mean, std = data.statistics()
-    with _global_generator, _seeded(config.seed):
+    with _sharing, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
         return make_model(config, len(data.class_names), data.images.shape[1], mean=mean, std=std)
 
 
@@ -155,14 +170,14 @@ def train(
     Raises Stopped after Ctrl-C or SIGTERM, Corrupt for a damaged or foreign checkpoint, FloatingPointError if the loss
     is no longer finite, ValueError for a batch larger than the split.
     """
-    # the global generator only serves layers that draw, such as dropout; cuDNN must repeat itself
-    with _seeded(config.seed), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        return _train(config, images, held, crop, flip, checkpoint, checkpoint_every, progress)
-
-
-def _train(config, images, held, crop, flip, checkpoint, checkpoint_every, progress) -> Trained:
-    check(config)
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    # the global generators only serve layers that draw, such as dropout; cuDNN must repeat itself
+    with _seeded(config.seed, device), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        return _train(config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress)
+
+
+def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress) -> Trained:
+    check(config)
     batch, n = config.batch_size, len(images)
     per_epoch = n // batch  # full batches only: shapes never change
     if not per_epoch:
@@ -175,7 +190,12 @@ def _train(config, images, held, crop, flip, checkpoint, checkpoint_every, progr
     method: Method = METHODS[config.method["name"]](
         images.labels, k, seed=config.seed, examples=total * batch, **options("method", config.method, METHODS)
     ).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    engine = choose_engine(config, device)
+    graphed = engine == "graph"  # whose learning rate must lie on the device
+    rate = torch.tensor(config.lr, device=device) if graphed else config.lr
+    optimizer = torch.optim.SGD(
+        model.parameters(), rate, config.momentum, weight_decay=config.weight_decay, fused=graphed or None
+    )
     generator = torch.Generator(device).manual_seed(config.seed)
     pixels, labels = images.images.to(device), images.labels.to(device)
     low_precision = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
@@ -192,7 +212,7 @@ def _train(config, images, held, crop, flip, checkpoint, checkpoint_every, progr
             {
                 "model": model.state_dict(),
                 "selected": selected,
-                "averaged": averaged.state_dict() if averaged else {},
+                "averaged": averaged.state_dict() if averaged is not None else {},
                 "method": method.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "generator": generator.get_state(),
@@ -201,7 +221,7 @@ def _train(config, images, held, crop, flip, checkpoint, checkpoint_every, progr
                 "best": best,
                 "sum_loss": sum_loss,
                 "seconds": time.perf_counter() - start,
-                "global": [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if device.type == "cuda" else []),
+                "global": [g.get_state() for g in _generators(device)],
             },
             "",
             tensors,
@@ -218,26 +238,21 @@ def _train(config, images, held, crop, flip, checkpoint, checkpoint_every, progr
     if meta.get("made_by") == made_by:
         state = _unflatten(meta["tree"], tensors)
         model.load_state_dict(state["model"])
-        if averaged:
+        if averaged is not None:
             averaged.load_state_dict(state["averaged"])
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups if graphed else ():
+            group["lr"] = rate
         generator.set_state(state["generator"])
         selected, step, best = state["selected"], state["step"], tuple(state["best"])
         history, sum_loss = json.loads(state["history"]), state["sum_loss"].to(device)
         start -= state["seconds"]
-        torch.set_rng_state(state["global"][0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["global"][1])
+        with _sharing:
+            for g, old in zip(_generators(device), state["global"], strict=True):
+                g.set_state(old)
 
-    def attack(x: Tensor, y: Tensor) -> Tensor:
-        if objective.attack_loss is None:
-            return x
-        factor = method.radius(y)
-        eps, size = (config.eps, config.step) if factor is None else (config.eps * factor, config.step * factor)
-        return pgd(
-            model, x, y, eps, size, config.steps, config.norm, objective.attack_loss, generator=generator, check=False
-        )
+    compute_step = make_step(config, engine, model, objective, method, optimizer, generator, crop, flip)
 
     def look(epoch: int) -> Outcomes:
         """The held-out split, clean and under the training attack."""
@@ -255,20 +270,14 @@ def _train(config, images, held, crop, flip, checkpoint, checkpoint_every, progr
         while step < total:
             lr = config.lr * config.schedule(step / total)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = group["lr"].fill_(lr) if graphed else lr
             index = method.draw(batch)
-            x, y = as_float(augment(pixels[index], crop, flip, generator), dtype, device), labels[index]
-            with low_precision:
-                x_adv = attack(x, y)
-                losses, logits = objective(model, x, x_adv, y)
-            loss = method.reduce(losses, y, logits)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            method.after_step(index, y, logits.detach())  # the loss at the parameters before the step
-            optimizer.step()
-            if averaged:
+            y = labels[index]
+            loss, logits = compute_step(pixels[index], y)
+            method.after_step(index, y, logits)  # the loss at the parameters before the step
+            if averaged is not None:
                 _average(averaged, model, min(config.ema, (1 + step) / (10 + step)))
-            sum_loss += losses.detach().mean()
+            sum_loss += loss
             step += 1
 
             if step % per_epoch == 0:
@@ -301,6 +310,6 @@ def _train(config, images, held, crop, flip, checkpoint, checkpoint_every, progr
                     + ("; the same command goes on from there" if checkpoint and checkpoint_every else "")
                 )
     weights = {"last": _copy(model.state_dict()), "selected": selected}
-    if averaged:
+    if averaged is not None:
         weights["ema"] = _copy(averaged.state_dict())
     return Trained(weights, best[1], time.perf_counter() - start, history)

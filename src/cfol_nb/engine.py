@@ -1,0 +1,154 @@
+"""How a training step is computed: eagerly, compiled, or as one CUDA graph. What is computed is the same.
+
+The attack runs on a frozen copy of the network where that is faster: no gradient of a weight is ever computed for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cfol_nb.attacks import pgd
+from cfol_nb.config import RunConfig
+from cfol_nb.data import augment
+from cfol_nb.evaluate import as_float
+
+StepFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def choose_engine(config: RunConfig, device: torch.device) -> str:
+    """The engine of a run. "auto": eager on the CPU, where compiling takes longer than a short run; graph on CUDA.
+
+    What cannot be had here is replaced, with a warning that says why.
+    """
+    wanted = config.engine
+    if wanted == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    if wanted == "graph" and device.type != "cuda":
+        warnings.warn("engine='graph' needs a CUDA device: this run is computed with engine='compile'", stacklevel=2)
+        return "compile"
+    return wanted
+
+
+class Frozen:
+    """A copy of a network without gradients, in eval mode, for the attack; convolutions in bfloat16 if `half`."""
+
+    def __init__(self, model: nn.Module, half: bool):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        if half:
+            for module in self.model.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    module.to(torch.bfloat16)
+        self.mine, self.theirs = ([*m.parameters(), *m.buffers()] for m in (self.model, model))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the present weights and statistics."""
+        torch._foreach_copy_(self.mine, self.theirs)
+
+
+class Graphed:
+    """A function of tensors as a CUDA graph: a few plain calls to warm up, then one capture, then replays.
+
+    Its outputs are overwritten by the next call. The generator draws anew in every replay.
+    """
+
+    def __init__(self, function: StepFunction, generator: torch.Generator, warm_up: int = 3):
+        self.function, self.generator, self.left = function, generator, warm_up
+        self.stream, self.graph = torch.cuda.Stream(), None
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        if self.left:
+            self.left -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.graph is None:
+            self.inputs = [i.clone() for i in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        torch._foreach_copy_(self.inputs, list(inputs))
+        self.graph.replay()
+        return self.outputs
+
+
+def make_step(
+    config: RunConfig,
+    engine: str,
+    model: nn.Module,
+    objective,
+    method,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    crop: int,
+    flip: bool,
+) -> StepFunction:
+    """The step: (pixels (n, C, H, W) uint8, y (n,)) -> (mean loss, logits (n, K)), and the weights have moved.
+
+    Crop and flip, attack, forward, backward, optimiser; drawing and telling the method are the caller's.
+    """
+    device = next(model.parameters()).device
+    dtype = next(model.parameters()).dtype
+    half = config.dtype == "bfloat16"
+    low_precision = torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=engine != "graph")
+    attacked, trained, frozen = model, model, None
+    if engine != "eager":
+        frozen = Frozen(model, half)
+        attacked, trained = torch.compile(frozen.model), torch.compile(model)
+
+    def attack(x: Tensor, y: Tensor) -> Tensor:
+        if objective.attack_loss is None:
+            return x
+        if frozen is not None:
+            frozen.refresh()
+        factor = method.radius(y)
+        eps, step = (config.eps, config.step) if factor is None else (config.eps * factor, config.step * factor)
+        loss, options = objective.attack_loss, {"generator": generator, "check": False}
+        return pgd(attacked, x, y, eps, step, config.steps, config.norm, loss, **options)
+
+    def step(pixels: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = as_float(augment(pixels, crop, flip, generator), dtype, device)
+        with low_precision:
+            x_adv = attack(x, y)
+            losses, logits = objective(trained, x, x_adv, y)
+        loss = method.reduce(losses, y, logits)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return losses.detach().mean(), logits.detach()
+
+    if engine == "eager":
+        return step
+    eager = make_step(config, "eager", model, objective, method, optimizer, generator, crop, flip)
+    return _or_eager(Graphed(step, generator) if engine == "graph" else step, eager, generator)
+
+
+def _or_eager(fast: StepFunction, eager: StepFunction, generator: torch.Generator) -> StepFunction:
+    """`fast`, or `eager` from the first call that a compiler or a capture refuses, with a warning that says why."""
+    use = fast
+
+    def step(pixels: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal use
+        if use is eager:
+            return eager(pixels, y)
+        before = generator.get_state()
+        try:
+            return fast(pixels, y)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ImportError, OSError) as error:  # what Inductor and CUDA graphs raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(f"the fast engine fails here, steps are computed eagerly: {reason}", stacklevel=2)
+            generator.set_state(before)
+            use = eager
+            return eager(pixels, y)
+
+    return step

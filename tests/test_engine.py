@@ -1,0 +1,221 @@
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cfol_nb import engine
+from cfol_nb.attacks import pgd
+from cfol_nb.config import RunConfig, options
+from cfol_nb.data import limit, split
+from cfol_nb.engine import Frozen, choose_engine, make_step
+from cfol_nb.evaluate import as_float, evaluate
+from cfol_nb.methods import METHODS
+from cfol_nb.models import build
+from cfol_nb.objectives import OBJECTIVES
+from cfol_nb.stats import accuracies
+from cfol_nb.train import train
+
+
+@pytest.fixture(scope="module")
+def images(digits):
+    return split(limit(digits.train, 24), 0.2)
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operations that a step dispatches."""
+
+    WAITS = (
+        "aten._local_scalar_dense",
+        "aten.nonzero",
+        "aten.is_nonzero",
+        "aten.equal",
+        "aten.masked_select",
+        "aten.unique",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.weight_gradients = self.input_gradients = 0
+        self.waits = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if name.startswith("aten.convolution_backward"):
+            self.input_gradients += args[-1][0]
+            self.weight_gradients += args[-1][1]
+        if name.startswith(self.WAITS):
+            self.waits.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def parts(config, images, device="cpu"):
+    """Everything that a step needs: (step, method, model)."""
+    torch.manual_seed(0)
+    model = build(num_classes=10, channels=1, **config.model).to(device)
+    model = model.double() if config.dtype == "float64" else model
+    make = METHODS[config.method["name"]]
+    method = make(images.labels, 10, examples=1000, **options("method", config.method, METHODS)).to(device)
+    objective = OBJECTIVES[config.objective["name"]]()
+    optimizer, generator = torch.optim.SGD(model.parameters(), 0.01, 0.9), torch.Generator(device).manual_seed(0)
+    how = choose_engine(config, torch.device(device))
+    return make_step(config, how, model, objective, method, optimizer, generator, 1, True), method, model
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("method", [*METHODS, {"name": "cfol", "form": "reweight"}], ids=str)
+def test_no_step_waits_for_the_device(images, method, objective):
+    """What would make the host wait for a GPU shows here too: reading a number, a shape that depends on data."""
+    config = RunConfig(method=method, objective=objective, steps=2)
+    step, method, _ = parts(config, images[0])
+    seen = set()
+    for _ in range(3):
+        with Watch() as watch:
+            index = method.draw(32)
+            y = images[0].labels[index]
+            _, logits = step(images[0].images[index], y)
+            method.after_step(index, y, logits)
+        assert not watch.waits
+        seen.add((index.shape, logits.shape))
+    assert seen == {((32,), (32, 10))}
+
+
+@pytest.mark.parametrize("how", ["eager", "compile"])
+def test_the_attack_computes_no_weight_gradient(how, monkeypatch):
+    torch._dynamo.reset()
+    model = build("preactresnet18", width=4)
+    attacked = model if how == "eager" else torch.compile(Frozen(model, half=False).model, backend="aot_eager")
+    x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
+    with Watch() as watch:
+        pgd(attacked, x, y, steps=3)
+    convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in model.modules())
+    assert watch.weight_gradients == 0
+    assert watch.input_gradients == 3 * convolutions
+
+
+def test_a_compiled_step_is_the_eager_one_in_two_compilations(images, monkeypatch):
+    """Through AOTAutograd without a code generator: the same operations, so the same numbers."""
+    monkeypatch.setattr(engine.torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    results = {}
+    for how in ("eager", "compile"):
+        step, method, model = parts(RunConfig(engine=how, steps=3), images[0])
+        for _ in range(3):
+            index = method.draw(32)
+            step(images[0].images[index], images[0].labels[index])
+        results[how] = model.state_dict()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    for k, v in results["eager"].items():
+        torch.testing.assert_close(results["compile"][k], v, rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_inductor_trains_like_eager(tiny, images):
+    torch._dynamo.reset()
+    a, b = (train(tiny(engine=how, model={"name": "smallcnn", "width": 4}), *images) for how in ("eager", "compile"))
+    for k, v in a.weights["last"].items():
+        torch.testing.assert_close(b.weights["last"][k], v, rtol=0, atol=1e-8)
+
+
+def test_what_cannot_be_had_is_replaced_with_a_warning(tiny, images, monkeypatch):
+    with pytest.warns(UserWarning, match="needs a CUDA device"):
+        assert choose_engine(RunConfig(engine="graph"), torch.device("cpu")) == "compile"
+    assert choose_engine(RunConfig(), torch.device("cpu")) == "eager"
+    assert choose_engine(RunConfig(), torch.device("cuda")) == "graph"
+
+    def broken(model):
+        def call(*_):
+            raise RuntimeError("no C++ compiler here")
+
+        model.forward = call
+        return model
+
+    monkeypatch.setattr(engine.torch, "compile", lambda model: broken(copy.deepcopy(model)))
+    with pytest.warns(UserWarning, match="computed eagerly: no C\\+\\+ compiler here"):
+        fallen = train(tiny(engine="compile"), *images)
+    eager = train(tiny(engine="eager"), *images)
+    assert all(torch.equal(v, fallen.weights["last"][k]) for k, v in eager.weights["last"].items())
+
+
+def test_the_frozen_copy_follows_the_model():
+    model = build("resnet18", width=4)
+    frozen = Frozen(model, half=False)
+    model.train()(torch.rand(8, 3, 8, 8)).sum().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(p.grad)
+    x, y = torch.rand(6, 3, 8, 8), torch.arange(6)
+    same = functools.partial(pgd, x=x, y=y, steps=3, random_start=False)
+    assert not torch.equal(same(frozen.model), same(model))
+    frozen.refresh()
+    assert torch.equal(same(frozen.model), same(model))
+    assert not any(p.requires_grad for p in frozen.model.parameters())
+
+
+@pytest.mark.slow
+def test_the_bfloat16_attack_is_as_strong_as_the_float32_one(digits):
+    """The gate of every fast path: its adversarial loss, judged in float32, within 0.5 % of the float32 attack's."""
+    config = RunConfig(model={"name": "preactresnet18", "width": 8}, dtype="float32", epochs=3, lr=0.1)
+    trained = train(config, digits.train, limit(digits.test, 5))
+    model = build(num_classes=10, channels=1, **config.model).eval()
+    model.load_state_dict(trained.weights["last"])
+    x, y = as_float(digits.test.images, torch.float32, "cpu"), digits.test.labels
+
+    def loss(attacked, half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            x_adv = pgd(attacked, x, y, 0.15, 0.0375, 7, generator=torch.Generator().manual_seed(0))
+        return F.cross_entropy(model(x_adv), y).item()
+
+    full, clean = loss(model, False), F.cross_entropy(model(x), y).item()
+    assert full > 1.5 * clean
+    assert loss(model, True) == pytest.approx(full, rel=0.005)
+    assert loss(Frozen(model, half=True).model, True) == pytest.approx(full, rel=0.005)
+
+
+@pytest.mark.slow
+def test_training_in_bfloat16_reaches_what_float32_reaches(digits):
+    """PGD-20 in float32: mean and worst class within the noise of seeds (three each) of the float32 runs."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        found[dtype] = []
+        for seed in range(3):
+            config = RunConfig(dtype=dtype, seed=seed, epochs=12, validate_every=12)
+            done = train(config, digits.train, limit(digits.test, 5))
+            model = build(num_classes=10, channels=1, **config.model)
+            model.load_state_dict(done.weights["last"])
+            a = accuracies(evaluate(model, digits.test.images, digits.test.labels, config.attacks))
+            found[dtype].append([a.mean(), a.min()])
+    a, b = (torch.tensor(found[d]) for d in ("float32", "bfloat16"))
+    assert a.mean(0)[0] > 0.5
+    noise = (a.var(0) / 3 + b.var(0) / 3).sqrt() + 0.01
+    assert ((a.mean(0) - b.mean(0)).abs() < 3 * noise).all(), found
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@cuda
+def test_graph_replays_draw_fresh_noise_and_the_same_seed_repeats(tiny, images):
+    a, b, c = (
+        train(tiny(engine="graph", device="cuda", dtype="float32", seed=s, epochs=8), *images) for s in (0, 0, 1)
+    )
+    assert all(torch.equal(v, b.weights["last"][k]) for k, v in a.weights["last"].items())
+    assert not all(torch.equal(v, c.weights["last"][k]) for k, v in a.weights["last"].items())
+
+
+@cuda
+@pytest.mark.parametrize("method", METHODS)
+def test_no_step_waits_for_a_real_device(images, method):
+    step, method, _ = parts(RunConfig(method=method, dtype="float32", engine="eager"), images[0], "cuda")
+    pixels, labels = images[0].images.cuda(), images[0].labels.cuda()
+    for mode in ("default", "error", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            index = method.draw(32)
+            _, logits = step(pixels[index], labels[index])
+            method.after_step(index, labels[index], logits)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
