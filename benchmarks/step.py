@@ -1,0 +1,107 @@
+"""A PGD-7 training step of PreActResNet-18: ceilings of this machine, then our engines, as ratios in one run.
+
+The base is the style of most released code: float32, contiguous, eager, `autograd.grad` for the input. All variants do
+the same work on the same batch; they take turns, round by round. usage: step.py [width] [rounds]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from cfol_nb.attacks import pgd
+from cfol_nb.config import RunConfig
+from cfol_nb.engine import make_step
+from cfol_nb.methods import Method
+from cfol_nb.models import build
+from cfol_nb.objectives import AT
+
+BATCH, FORWARD = 128, 1.1108e9  # floating point operations of one image at width 64, counted layer by layer
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(work) -> float:
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def matmul(dtype: torch.dtype, n: int = 2048 if DEVICE.type == "cpu" else 8192) -> float:
+    """Operations per second of a matrix product on random numbers: the ceiling."""
+    a = torch.randn(n, n, device=DEVICE).to(dtype)
+    out = a @ a
+    return 2 * n**3 / min(seconds(lambda: torch.mm(a, a, out=out)) for _ in range(10))
+
+
+def released(width: int):
+    """The loop that most released code runs."""
+    model = build("preactresnet18", width=width).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4)
+
+    def work(pixels: torch.Tensor, y: torch.Tensor) -> None:
+        x = pixels.float() / 255
+        x_adv = pgd(model, x, y, check=False)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x_adv), y).backward()
+        optimizer.step()
+
+    return work
+
+
+def ours(width: int, dtype: str, engine: str):
+    model = build("preactresnet18", width=width).to(DEVICE, memory_format=torch.channels_last)
+    config = RunConfig(dataset="cifar10", dtype=dtype)
+    rate = torch.tensor(0.1, device=DEVICE) if engine == "graph" else 0.1
+    fused = True if engine == "graph" else None
+    optimizer = torch.optim.SGD(model.parameters(), rate, 0.9, weight_decay=5e-4, fused=fused)
+    method, generator = Method(torch.arange(10), 10), torch.Generator(DEVICE).manual_seed(0)
+    return make_step(config, engine, model, AT(), method, optimizer, generator, 4, True)
+
+
+def main(width: int, rounds: int) -> None:
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+    y = torch.randint(0, 10, (BATCH,), device=DEVICE)
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    has = [f for f in ("avx512f", "avx512_bf16", "amx_bf16") if f in cpu]
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU with {', '.join(has) or 'no wide vectors'}"
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, width {width}, batch {BATCH}")
+    ceiling = {d: matmul(d) for d in (torch.float32, torch.bfloat16)}
+    print(f"  matmul float32 {ceiling[torch.float32] / 1e9:.0f}, bfloat16 {ceiling[torch.bfloat16] / 1e9:.0f} GFLOP/s")
+    work = 17 * FORWARD * BATCH * (width / 64) ** 2  # seven attack steps of 2 forwards, one training step of 3
+    floor = work / ceiling[torch.bfloat16]
+
+    fast = ("graph",) if DEVICE.type == "cuda" else ("compile",)
+    variants = {"released style: float32, contiguous": released(width)}
+    for dtype in ("float32", "bfloat16"):
+        for engine in ("eager", *fast):
+            variants[f"cfol-nb {dtype} {engine}"] = ours(width, dtype, engine)
+    first = {k: seconds(lambda f=f: f(pixels, y)) for k, f in variants.items()}
+    for f in variants.values():
+        for _ in range(4 if DEVICE.type == "cuda" else 1):
+            f(pixels, y)
+    times = {k: [] for k in variants}
+    for _ in range(rounds):
+        for k, f in variants.items():
+            times[k].append(seconds(lambda f=f: f(pixels, y)))
+    base = statistics.median(times["released style: float32, contiguous"])
+    print(f"  floor by bfloat16 matmul: {1e3 * floor:.1f} ms a step, that is {base / floor:.1f} x the base")
+    for k, t in times.items():
+        m, spread = statistics.median(t), f"({1e3 * min(t):.1f} to {1e3 * max(t):.1f})"
+        print(f"  {k:38}{1e3 * m:9.1f} ms {spread}, {base / m:5.2f} x, gap {m / floor:.2f}")
+        print(f"  {'':38}first call {first[k]:.1f} s, {50_000 / BATCH * m:.1f} s per 50,000 images")
+
+
+if __name__ == "__main__":
+    main(*(int(a) for a in sys.argv[1:2] or ("64",)), *(int(a) for a in sys.argv[2:3] or ("5",)))
