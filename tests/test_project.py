@@ -118,9 +118,10 @@ def test_interrupting_is_not_an_error_message(command, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", stop)
-    status, _, err = command("list")
+    monkeypatch.setattr("cfol_nb.runs.compute", stop)
+    status, _, err = command("train")
     assert status == 130
+    assert "goes on from the last checkpoint" in err
     assert "Traceback" not in err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import time
@@ -17,6 +18,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="How robust is the class that is worst off? Class-wise robust accuracy, and CFOL.",
 )
+
+
+def _stoppable(command):
+    """Ctrl-C ends the command with status 130 and a sentence."""
+
+    @functools.wraps(command)
+    def call(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            said = str(stop) or "stopped"
+            typer.echo(
+                f"\n{said}; finished runs are stored, and the same command goes on from the last checkpoint", err=True
+            )
+            raise typer.Exit(130) from stop
+
+    return call
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:
@@ -62,6 +80,7 @@ def _sentence(error: ValidationError) -> str:
 
 
 @app.command()
+@_stoppable
 def run(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NOTEBOOK]...", help="Paths, names or numbers (04); all if none.")
@@ -104,6 +123,7 @@ def run(
 
 
 @app.command()
+@_stoppable
 def train(
     dataset: Annotated[str, typer.Option(help="See `cfol-nb list`.")] = "digits",
     method: Annotated[str, typer.Option(help="How classes are treated.")] = "cfol",
@@ -145,6 +165,7 @@ def train(
 
 
 @app.command()
+@_stoppable
 def suite(
     dataset: Annotated[str, typer.Argument(help="See `cfol-nb list`.")] = "cifar10",
     methods: Annotated[
@@ -234,9 +255,6 @@ def main() -> None:
     """The console script: an error is one sentence on stderr and a non-zero exit."""
     try:
         app()
-    except KeyboardInterrupt as stop:
-        typer.echo(str(stop) or "stopped", err=True)
-        sys.exit(130)
     except ValidationError as error:
         typer.echo(f"error: {_sentence(error)}", err=True)
         sys.exit(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -137,8 +138,9 @@ def run(source: Path, target: Path | None = None, parameters: Mapping[str, Any] 
                 coalesce_streams=True,
                 config=config,
             )
-    except KeyboardInterrupt:
-        raise
+    except KeyboardInterrupt as stop:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # nbclient leaves a task whose exception nobody reads
+        raise KeyboardInterrupt(f"{source.name} was stopped (what ran: {part})") from stop
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise NotebookFailed(f"{source.name} stopped: {lines[-1]} (what ran, and the traceback: {part})") from error

@@ -305,10 +305,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
             if signals:
                 if checkpoint and checkpoint_every:
                     save()
-                raise Stopped(
-                    f"stopped by {signal.Signals(signals[0]).name} after step {step} of {total}"
-                    + ("; the same command goes on from there" if checkpoint and checkpoint_every else "")
-                )
+                raise Stopped(f"stopped by {signal.Signals(signals[0]).name} after step {step} of {total}")
     weights = {"last": _copy(model.state_dict()), "selected": selected}
     if averaged is not None:
         weights["ema"] = _copy(averaged.state_dict())
