@@ -66,6 +66,8 @@ def test_train_prints_the_class_table(command):
     assert status == 0, err
     assert out.count("accuracy") == 2
     assert "robust worst" in out
+    assert "images per second" in out
+    assert "MiB at most" in out
     assert "digits-trades-cfol-s1-" in out
 
 

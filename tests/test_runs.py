@@ -75,7 +75,16 @@ def test_provenance_says_where_numbers_come_from(tiny):
     (run,) = compute([tiny()])
     assert run.provenance["torch"] == torch.__version__
     assert run.provenance["threads"] == 1
-    assert set(run.provenance) >= {"commit", "dirty", "device", "python", "started", "seconds", "code"}
+    assert set(run.provenance) >= {
+        "commit",
+        "dirty",
+        "device",
+        "python",
+        "started",
+        "seconds",
+        "code",
+        "images_per_second",
+    }
 
 
 def test_many_runs_in_processes_equal_each_alone(tiny):

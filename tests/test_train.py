@@ -210,6 +210,15 @@ def test_a_diverged_run_says_so(tiny, images):
         train(tiny(lr=1e9, epochs=3), *images)
 
 
+def test_looks_at_the_held_out_split_take_at_most_15_per_cent_by_default(digits):
+    from cfol_nb.config import RunConfig
+    from cfol_nb.data import prepare
+
+    config = RunConfig(epochs=3)
+    done = train(config, *prepare(config)[:2])
+    assert 0 < done.looking < 0.15 * done.seconds
+
+
 def test_works_in_a_thread_where_signals_cannot_be_caught(tiny, images):
     out = []
     worker = threading.Thread(target=lambda: out.append(train(tiny(), *images)))

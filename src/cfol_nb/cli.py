@@ -152,8 +152,10 @@ def train(
     runs = compute([RunConfig(**values | {"seed": first + s}) for s in range(seeds)])
     outcomes = [r.outcomes["last"] for r in runs]
     for r in runs:
+        made = r.provenance
         typer.echo(
-            f"{r.folder.name}: {r.provenance['seconds']['training']:.0f} s of training, "
+            f"{r.folder.name}: {made['seconds']['training']:.0f} s of training, "
+            f"{made['images_per_second']:.0f} images per second, {made['peak_memory_mib']} MiB at most, "
             f"weakest class under {last_attack(r.outcomes['last'])}: {weakest(r.outcomes['last'])}\n"
             f"{class_table(r.outcomes['last']).round(3).to_string(index=False)}\n"
         )

@@ -375,7 +375,7 @@ def _imagefolder(name: str, side: int | None, split_seed: int) -> DataSet:
 
 
 def prepare(config: RunConfig) -> tuple[ImageSet, ImageSet, DataSet]:
-    """(training images, held-out images, the data set with its limited test split) of a run."""
+    """(training images, held-out images, the data set cut down to these and to the limited test split) of a run."""
     data = load(config.dataset, image_size=config.image_size, split_seed=config.split_seed)
     train, held = split(limit(data.train, config.train_limit, config.split_seed), config.holdout, config.split_seed)
     if config.imbalance:
@@ -383,7 +383,7 @@ def prepare(config: RunConfig) -> tuple[ImageSet, ImageSet, DataSet]:
     test = limit(data.test, config.test_limit, config.split_seed)
     crop = data.crop if config.crop is None else config.crop
     flip = data.flip if config.flip is None else config.flip
-    return train, held, DataSet(data.name, data.train, test, crop, flip)
+    return train, held, DataSet(data.name, train, test, crop, flip)
 
 
 # -- on the device -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import hashlib
 import multiprocessing
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -174,6 +175,13 @@ def provenance(device: str) -> dict:
     }
 
 
+def peak_memory(device: str) -> int:
+    """MiB that this process has had at most: on the GPU for CUDA, else resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
 # -- computing ---------------------------------------------------------------------------------------------------------
 
 
@@ -260,11 +268,18 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
         {f"{w}.{k}": v for w, weights in trained.weights.items() for k, v in weights.items()},
         {"build": {"num_classes": len(data.class_names), "channels": data.test.images.shape[1]}},
     )
+    steps = len(train_images) // config.batch_size * config.epochs
     write_json(
         folder / "provenance.json",
         {
             **origin,
-            "seconds": {"training": round(trained.seconds, 2), "evaluation": round(time.perf_counter() - start, 2)},
+            "seconds": {
+                "training": round(trained.seconds, 2),
+                "looking": round(trained.looking, 2),
+                "evaluation": round(time.perf_counter() - start, 2),
+            },
+            "images_per_second": round(steps * config.batch_size / (trained.seconds - trained.looking), 1),
+            "peak_memory_mib": peak_memory(config.device),
         },
     )
     write_json(

@@ -92,6 +92,7 @@ class Trained:
     weights: dict[str, dict[str, Tensor]]
     selected_epoch: int
     seconds: float  # of training, the looks at the held-out split and earlier parts of an interrupted run included
+    looking: float  # of these, the looks at the held-out split
     history: list[dict]
 
 
@@ -200,7 +201,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
     pixels, labels = images.images.to(device), images.labels.to(device)
     low_precision = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
-    start, made_by = time.perf_counter(), [code_hash(), torch.__version__]
+    start, looking, made_by = time.perf_counter(), 0.0, [code_hash(), torch.__version__]
     step, history, best = 0, [], (-1.0, 0)  # best: held-out score, epoch
     selected = _copy(model.state_dict())
     averaged = copy.deepcopy(model).eval() if config.ema else None
@@ -220,7 +221,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                 "history": json.dumps(history),
                 "best": best,
                 "sum_loss": sum_loss,
-                "seconds": time.perf_counter() - start,
+                "seconds": [time.perf_counter() - start, looking],
                 "global": [g.get_state() for g in _generators(device)],
             },
             "",
@@ -247,7 +248,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
         generator.set_state(state["generator"])
         selected, step, best = state["selected"], state["step"], tuple(state["best"])
         history, sum_loss = json.loads(state["history"]), state["sum_loss"].to(device)
-        start -= state["seconds"]
+        start, looking = start - state["seconds"][0], state["seconds"][1]
         with _sharing:
             for g, old in zip(_generators(device), state["global"], strict=True):
                 g.set_state(old)
@@ -287,7 +288,9 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                 if not math.isfinite(entry["loss"]):
                     raise FloatingPointError(f"{diverged} {epoch}: the loss is {entry['loss']}")
                 if epoch % config.validate_every == 0 or step == total:
+                    before = time.perf_counter()
                     outcomes = look(epoch)
+                    looking += time.perf_counter() - before
                     right = {a: counts(outcomes, a)[0] for a in ("clean", "robust")}
                     size = counts(outcomes, "clean")[1]
                     accuracy = torch.from_numpy(right["robust" if objective.attack_loss else "clean"] / size)
@@ -309,4 +312,4 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
     weights = {"last": _copy(model.state_dict()), "selected": selected}
     if averaged is not None:
         weights["ema"] = _copy(averaged.state_dict())
-    return Trained(weights, best[1], time.perf_counter() - start, history)
+    return Trained(weights, best[1], time.perf_counter() - start, looking, history)
