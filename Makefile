@@ -29,7 +29,7 @@ test: $(STAMP)  ## ruff, pytest, nbval; trained runs go to a folder of their own
 	$(BIN)/python -m pytest --nbval --nbval-current-env notebooks
 
 lab: $(STAMP)  ## JupyterLab
-	@$(BIN)/jupyter lab --KernelManager.transport_encryption=auto notebooks
+	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --KernelManager.transport_encryption=auto notebooks
 
 bench: $(STAMP)  ## speed, as ratios in one run
 	@for b in benchmarks/*.py; do $(BIN)/python $$b || exit 1; done

@@ -190,8 +190,8 @@ def test_training_in_bfloat16_reaches_what_float32_reaches(digits):
             found[dtype].append([a.mean(), a.min()])
     a, b = (torch.tensor(found[d]) for d in ("float32", "bfloat16"))
     assert a.mean(0)[0] > 0.5
-    noise = (a.var(0) / 3 + b.var(0) / 3).sqrt() + 0.01
-    assert ((a.mean(0) - b.mean(0)).abs() < 3 * noise).all(), found
+    noise = (a.var(0) / 3 + b.var(0) / 3).sqrt() + 0.003  # of the difference; 0.003 is two images of 600
+    assert ((a.mean(0) - b.mean(0)).abs() < 4.6 * noise).all(), found  # Student's t at 1 % with 4 degrees of freedom
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
