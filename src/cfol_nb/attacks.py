@@ -33,6 +33,56 @@ def check_images(x: Tensor) -> None:
         raise ValueError(f"images reach from {low:g} to {high:g}: they must lie in [0, 1] (normalise inside the model)")
 
 
+def as_float(images: Tensor, dtype: torch.dtype, device) -> Tensor:
+    """uint8 images divided by 255, floating ones as they are, on the device in the given type."""
+    x = images.to(device)
+    return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype)
+
+
+def predict(
+    model: nn.Module, images: Tensor, labels: Tensor, *, class_names=None, batch_size=500
+) -> tuple[Tensor, int]:
+    """(N,) int64 clean predictions on the CPU, and the number of the model's outputs, after every check of the input.
+
+    images: (N, C, H, W) uint8, or floating point in [0, 1]. labels: (N,) integers. Raises ValueError for images outside
+    [0, 1], for labels or class names that do not fit the model's outputs, and for a model in less than float32;
+    FloatingPointError for logits that are not finite.
+    """
+    if len(images) != len(labels) or not len(labels):
+        raise ValueError(
+            f"{len(images)} images and {len(labels)} labels: as many of each, and at least one, are needed"
+        )
+    if images.dtype != torch.uint8:
+        check_images(images)
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}: one integer per image is needed")
+    tensor = next(model.parameters(), torch.empty(0))
+    if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32:
+        raise ValueError(
+            f"the model computes in {tensor.dtype}: attacks are judged in float32 or better (model.float())"
+        )
+    out = []
+    with evaluating(model), torch.no_grad():
+        for i in range(0, len(labels), batch_size):
+            logits = model(as_float(images[i : i + batch_size], tensor.dtype, tensor.device))
+            if logits.ndim != 2 or len(logits) != len(images[i : i + batch_size]):
+                raise ValueError(
+                    f"the model maps {len(images[i : i + batch_size])} images to {tuple(logits.shape)}: "
+                    "logits of shape (images, classes) are needed"
+                )
+            k = logits.shape[1]
+            if not i and not 0 <= int(labels.min()) <= int(labels.max()) < k:
+                raise ValueError(
+                    f"labels reach from {int(labels.min())} to {int(labels.max())}, but the model has {k} outputs"
+                )
+            if class_names is not None and len(class_names) != k:
+                raise ValueError(f"{len(class_names)} class names, but the model has {k} outputs")
+            if not logits.isfinite().all():
+                raise FloatingPointError("the model's logits are not finite: it diverged, or its weights are damaged")
+            out.append(logits.argmax(1).cpu())
+    return torch.cat(out), k
+
+
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """(n,) largest other logit minus the logit of y: positive exactly when misclassified (Carlini and Wagner 2017)."""
     y = y.unsqueeze(1)
@@ -63,7 +113,16 @@ def _like(value, x: Tensor) -> Tensor | float:
 
 
 def _norm(d: Tensor) -> Tensor:
-    return d.flatten(1).norm(dim=1).view(-1, *[1] * (d.ndim - 1))
+    return torch.linalg.vector_norm(d, dim=tuple(range(1, d.ndim)), keepdim=True)
+
+
+def project(a: Tensor, x: Tensor, eps, norm: str) -> Tensor:
+    """`a` into the ball of radius eps around the images x, and into [0, 1]."""
+    if norm == "linf":
+        return torch.clamp(a, (x - eps).clamp_(0, 1), (x + eps).clamp_(0, 1))
+    d = a - x
+    # inside the ball, then inside the box: clamping only brings every pixel nearer to x, so it stays in the ball
+    return (x + d * (eps / _norm(d).clamp_min(1e-12)).clamp(max=1)).clamp(0, 1)
 
 
 def pgd(
@@ -81,6 +140,7 @@ def pgd(
     *,
     restarts: int = 1,
     targeted: bool = False,
+    retire: bool = False,
     check: bool = True,
 ) -> Tensor:
     """Adversarial images by projected gradient ascent on the loss.
@@ -91,6 +151,8 @@ def pgd(
     loss: "ce"; "margin" (CW); "kl" (from the clean prediction, TRADES); or a function (logits, y) -> (n,).
     random_start: uniform in the ball. best: per image the point of highest loss on the way, start and end included,
     instead of the last one. restarts: keep per image a misclassified end, else the one of highest loss.
+    retire: an image that is misclassified on the way keeps that point and costs nothing more; a stronger attack than
+    without, which returns the last point, also where it is classified correctly again. For one restart, without best.
     check: False skips the checks of values that would make the host wait for the device.
     Returns (n, C, H, W), detached, inside the ball and inside [0, 1].
     Each step moves, projects, and only then differentiates at the projected point. ValueError for bad input.
@@ -98,6 +160,8 @@ def pgd(
     choose("norm", norm, ("linf", "l2"))
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps={steps}, restarts={restarts}: at least 1 of each is needed")
+    if retire and (best or targeted or restarts > 1 or loss == "kl"):
+        raise ValueError("retire goes with one restart of an untargeted attack on the labels, without best")
     if check and len(x):
         check_images(x)
         for value in torch.as_tensor(eps).aminmax():
@@ -130,11 +194,9 @@ def pgd(
     def move(a: Tensor, g: Tensor) -> Tensor:
         if norm == "linf":
             return torch.clamp(a + step * g.sign(), low, high)
-        d = a + step * g / _norm(g).clamp_min(torch.finfo(g.dtype).tiny) - x
-        # inside the ball, then inside the box: clamping only brings every pixel nearer to x, so it stays in the ball
-        return (x + d * (eps / _norm(d).clamp_min(1e-12)).clamp(max=1)).clamp(0, 1)
+        return project(a + step * g / _norm(g).clamp_min(torch.finfo(g.dtype).tiny), x, eps, norm)
 
-    keep = None
+    keep, found, row, done = None, x.clone() if retire else None, torch.arange(len(x), device=x.device), None
     with evaluating(model), torch.enable_grad():
         if loss == "kl":
             with torch.no_grad():
@@ -143,8 +205,21 @@ def pgd(
             a, top = start(), None
             for _ in range(steps):
                 a = a.detach().requires_grad_()
-                value = sign * loss_of(model(a), y)
+                z = model(a)
+                value = sign * loss_of(z, y)
                 (grad,) = torch.autograd.grad(value.sum(), a)  # a sum: the sign must not depend on the batch size
+                if retire:
+                    wrong = z.detach().argmax(1) != y
+                    first = wrong if done is None else wrong & ~done
+                    found[row[first]] = a.detach()[first]
+                    done = wrong if done is None else wrong | done
+                    if 8 * int(done.sum()) >= len(row):  # shapes stay until an eighth is done
+                        left = ~done
+                        row, x, y, low, high, a, grad = (v[left] for v in (row, x, y, low, high, a, grad))
+                        eps, step = (v[left] if torch.is_tensor(v) and v.ndim else v for v in (eps, step))
+                        done = None
+                        if not len(row):
+                            return found
                 with torch.no_grad():
                     if best:
                         top = _better(top, a.detach(), value.detach())
@@ -160,6 +235,10 @@ def pgd(
                         hit = (z.argmax(1) == y) if targeted else (z.argmax(1) != y)
                         keep = _better(keep, a, value, hit)
                         a = keep[0]
+    if retire:
+        open_ = slice(None) if done is None else ~done
+        found[row[open_]] = a.detach()[open_]
+        return found
     return a.detach()
 
 

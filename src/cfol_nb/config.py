@@ -71,21 +71,41 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Attack(_Strict):
-    """PGD as an evaluation: see `cfol_nb.attacks.pgd`. FGSM is steps=1, step=eps, random_start=False."""
-
+class _Ball(_Strict):
     eps: float
-    step: float = Field(gt=0)
-    steps: int = Field(ge=1)
     norm: Literal["linf", "l2"] = "linf"
-    loss: Literal["ce", "margin", "kl"] = "ce"
-    restarts: int = Field(1, ge=1)
-    random_start: bool = True
 
     @model_validator(mode="after")
     def _radius(self):
         check_radius(self.eps, self.norm)
         return self
+
+
+class Attack(_Ball):
+    """PGD as an evaluation: see `cfol_nb.attacks.pgd`. FGSM is steps=1, step=eps, random_start=False."""
+
+    step: float = Field(gt=0)
+    steps: int = Field(ge=1)
+    loss: Literal["ce", "margin", "kl"] = "ce"
+    restarts: int = Field(1, ge=1)
+    random_start: bool = True
+    retire: bool = False
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of an image; a gradient costs as much as a pass."""
+        return self.restarts * (2 * self.steps + 1)
+
+
+class AutoAttack(_Ball):
+    """AutoAttack as an evaluation: see `cfol_nb.autoattack`."""
+
+    version: Literal["standard", "fast"]
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of an image that is never broken (of 10 classes)."""
+        return 9700 if self.version == "standard" else 800
 
 
 class Imbalance(_Strict):
@@ -160,7 +180,9 @@ class RunConfig(_Strict):
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay per step of averaged weights, kept beside the others"
     )
-    attacks: dict[str, Attack] = Field(description="evaluation attacks by name; default PGD-20 at the training radius")
+    attacks: dict[str, Attack | AutoAttack] = Field(
+        description="evaluation attacks by name; default PGD-20 at the training radius"
+    )
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["auto", "eager", "compile", "graph"] = Field(

@@ -12,10 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from cfol_nb.attacks import pgd
+from cfol_nb.attacks import as_float, pgd
 from cfol_nb.config import RunConfig
 from cfol_nb.data import augment
-from cfol_nb.evaluate import as_float
 
 StepFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cfol_nb.attacks import check_images, evaluating, pgd
-from cfol_nb.config import Attack
+from cfol_nb.attacks import as_float, evaluating, pgd, predict
+from cfol_nb.autoattack import Evaluation
+from cfol_nb.config import Attack, AutoAttack
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,17 @@ class Outcomes:
         if attack not in self.predictions:
             raise KeyError(f"no attack {attack!r} in these outcomes (there are: {', '.join(self.predictions)})")
         return self.predictions[attack] == self.labels
+
+    def add(self, name: str, predictions: np.ndarray, settings: dict) -> None:
+        """One more attack, the last one now."""
+        self.predictions[name], self.attacks[name] = predictions, settings
+
+    def add_autoattack(self, name: str, evaluation: Evaluation) -> None:
+        """AutoAttack as `name`, after it up to each of its attacks as "name:apgd-ce" and so on."""
+        *parts, last = evaluation.predictions().items()
+        for attack, predictions in parts:
+            self.add(f"{name}:{attack}", predictions, {"up_to": attack, "of": name})
+        self.add(name, last[1], evaluation.described())
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -47,17 +59,11 @@ class Outcomes:
         return {"class_names": list(self.class_names), "attacks": self.attacks, "order": list(self.attacks)}
 
 
-def as_float(images: Tensor, dtype: torch.dtype, device) -> Tensor:
-    """uint8 images divided by 255, floating ones as they are, on the device in the given type."""
-    x = images.to(device)
-    return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype)
-
-
 def evaluate(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    attacks: Mapping[str, Mapping | Attack] | None = None,
+    attacks: Mapping[str, Mapping | Attack | AutoAttack] | None = None,
     *,
     class_names=None,
     batch_size: int = 500,
@@ -68,50 +74,41 @@ def evaluate(
 
     model: maps images in [0, 1] to logits; attacked and judged in eval mode, in its own floating type, unchanged after.
     images: (N, C, H, W) uint8, or floating point in [0, 1]. labels: (N,) int64.
-    attacks: name -> options of `pgd` (eps, step, steps, norm, loss, restarts, random_start); by default PGD-20 with
-    step 1/255 at L-inf 8/255. seed: of the random starts. progress: called with the number of images done at a time.
+    attacks: name -> options of `pgd` (eps, step, steps, norm, loss, restarts, random_start, retire), by default PGD-20
+    with step 1/255 at L-inf 8/255; or of AutoAttack (eps, norm, version="standard" | "fast"), which also gives the
+    outcomes up to each of its attacks, as "name:apgd-ce" and so on. seed: of the random starts. progress: called with
+    the number of images done at a time.
     Raises ValueError for images outside [0, 1] and labels that are no class of the model, FloatingPointError for logits
     that are not finite.
     """
     if attacks is None:
         attacks = {"pgd20": {"eps": 8 / 255, "step": 1 / 255, "steps": 20}}
-    attacks = {k: Attack.model_validate(dict(v)) for k, v in attacks.items()}
+    attacks = {k: (AutoAttack if "version" in dict(v) else Attack).model_validate(dict(v)) for k, v in attacks.items()}
+    steps = {k: a for k, a in attacks.items() if isinstance(a, Attack)}
     labels = torch.as_tensor(labels).cpu().long()
-    if len(images) != len(labels) or not len(labels):
-        raise ValueError(
-            f"{len(images)} images and {len(labels)} labels: as many of each, and at least one, are needed"
-        )
-    if images.dtype != torch.uint8:
-        check_images(images)
+    clean, k = predict(model, images, labels, class_names=class_names, batch_size=batch_size)
     tensor = next(model.parameters(), torch.empty(0))
-    predictions = {k: [] for k in ("clean", *attacks)}
-    generators = {k: torch.Generator(tensor.device).manual_seed(seed) for k in attacks}
+    predictions = {k: [] for k in steps}
+    generators = {k: torch.Generator(tensor.device).manual_seed(seed) for k in steps}
     with evaluating(model):
         for i in range(0, len(labels), batch_size):
             x = as_float(images[i : i + batch_size], tensor.dtype, tensor.device)
             y = labels[i : i + batch_size].to(tensor.device)
-            with torch.no_grad():
-                logits = model(x)
-            if i == 0 and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
-                raise ValueError(
-                    f"labels reach from {int(labels.min())} to {int(labels.max())}, "
-                    f"but the model has {logits.shape[1]} outputs"
-                )
-            if class_names is not None and len(class_names) != logits.shape[1]:
-                raise ValueError(f"{len(class_names)} class names, but the model has {logits.shape[1]} outputs")
-            if not logits.isfinite().all():
-                raise FloatingPointError("the model's logits are not finite: it diverged, or its weights are damaged")
-            predictions["clean"].append(logits.argmax(1).cpu())
-            for name, attack in attacks.items():
+            for name, attack in steps.items():
                 x_adv = pgd(model, x, y, generator=generators[name], check=False, **dict(attack))
                 with torch.no_grad():
                     predictions[name].append(model(x_adv).argmax(1).cpu())
             if progress:
                 progress(len(y))
-    k = logits.shape[1]
-    return Outcomes(
+    out = Outcomes(
         labels.numpy(),
-        {n: torch.cat(p).numpy() for n, p in predictions.items()},
+        {"clean": clean.numpy()},
         tuple(map(str, class_names if class_names is not None else range(k))),
-        {n: a.model_dump() for n, a in attacks.items()},
+        {},
     )
+    for name, attack in attacks.items():
+        if name in steps:
+            out.add(name, torch.cat(predictions[name]).numpy(), attack.model_dump())
+        else:
+            out.add_autoattack(name, Evaluation(model, images, labels, attack, batch_size=batch_size, seed=seed).run())
+    return out

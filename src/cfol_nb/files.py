@@ -69,7 +69,19 @@ def read_json(path: Path) -> dict:
 def code_hash() -> str:
     """Of the source that decides a run's numbers, 16 hexadecimal digits."""
     here = Path(__file__).parent
-    names = ("attacks", "config", "data", "engine", "evaluate", "models", "objectives", "samplers", "stats", "train")
+    names = (
+        "attacks",
+        "autoattack",
+        "config",
+        "data",
+        "engine",
+        "evaluate",
+        "models",
+        "objectives",
+        "samplers",
+        "stats",
+        "train",
+    )
     files = [*(here / f"{n}.py" for n in names), *sorted((here / "methods").glob("*.py"))]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 

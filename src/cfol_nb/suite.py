@@ -62,7 +62,7 @@ def estimate(config: RunConfig, steps: int = 8) -> float:
     looks = -(-config.epochs // config.validate_every) * len(held) * (2 * (config.validate_steps or config.steps) + 2)
     slower = 6 if config.dtype == "bfloat16" else 1  # the test is evaluated in float32
     kinds = 3 if config.ema else 2
-    passes = 1 + sum(a.restarts * (2 * a.steps + 1) for a in config.attacks.values())
+    passes = 1 + sum(a.passes for a in config.attacks.values())
     total = len(images) // config.batch_size * config.epochs
     return 1.1 * (step * total + per_pass * (looks + slower * kinds * passes * len(data.test)))
 
