@@ -289,16 +289,16 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(trained, digits, tmp_pat
         if not left:
             raise Killed
 
-    part = Evaluation(trained[0], x, y, STANDARD, batch_size=20, state=tmp_path / "s", progress=stop)
+    part = Evaluation(trained[0], x, y, STANDARD, batch_size=20, folder=tmp_path, progress=stop)
     with pytest.raises(Killed):
         part.run()
-    again = Evaluation(trained[0], x, y, STANDARD, batch_size=20, state=tmp_path / "s")
+    again = Evaluation(trained[0], x, y, STANDARD, batch_size=20, folder=tmp_path)
     assert int(again.passed.sum()) > 0 or at == 3
     again.run()
     for name in ("prediction", "broken_by", "passed"):
         assert torch.equal(getattr(again, name), getattr(whole, name))
-    with pytest.raises(ValueError, match="another model"):
-        Evaluation(trained[1], x, y, STANDARD, batch_size=20, state=tmp_path / "s")
+    for other in (Evaluation(trained[1], x, y, STANDARD, folder=tmp_path), Evaluation(trained[0], 1 - x, y, STANDARD)):
+        assert not other.passed.any()  # of another model, of other images: nothing to go on from
 
 
 def test_a_deadline_is_kept_inside_a_batch_and_what_is_known_stays(trained, digits, monkeypatch):

@@ -399,20 +399,20 @@ class Evaluation:
         *,
         batch_size: int = 250,
         seed: int = 0,
-        state: Path | None = None,
+        folder: Path | None = None,
         points: Tensor | None = None,
         compiled: bool = False,
         progress: Callable[[float], None] | None = None,
         deadline: float = float("inf"),
     ):
-        """state: a file that is written after every batch, and from which the same evaluation goes on.
+        """folder: where the state is kept after every batch, and from where the same evaluation goes on.
 
         points: (N, C, H, W), where adversarial images are put. progress: called with the share of the work done.
         compiled: attack a compiled copy of the model; takes half a minute, and pays in evaluations of minutes.
         deadline: of `time.monotonic()`; `run` raises TimeUp when it is reached, even inside a batch.
         """
         self.model, self.images, self.labels, self.spec = model, images, labels, spec
-        self.batch_size, self.seed, self.state, self.points = batch_size, seed, state, points
+        self.batch_size, self.seed, self.points = batch_size, seed, points
         self.progress, self.deadline = progress, deadline
         self.tensor = next(model.parameters(), torch.empty(0))
         self.prediction, self.num_classes = predict(model, images, labels, batch_size=batch_size)
@@ -429,10 +429,9 @@ class Evaluation:
             self.net = torch.compile(frozen, dynamic=True)
         self.rounds = rounds(spec.version, self.num_classes)
         self.attacks = list(dict.fromkeys(r.attack for r in self.rounds))
-        if state and state.exists():
-            tensors, meta = read_tensors(state)
-            if meta["of"] != self.identity:
-                raise ValueError(f"{state} is of another model, other images or other settings: give another file")
+        self.state = folder and Path(folder) / f"autoattack-{self.identity}.safetensors"
+        if self.state and self.state.exists():
+            tensors, meta = read_tensors(self.state)
             self.prediction, self.broken_by, self.passed = (tensors[k] for k in ("prediction", "broken_by", "passed"))
             self.seconds = meta["seconds"]
 
@@ -442,11 +441,11 @@ class Evaluation:
 
     @functools.cached_property
     def identity(self) -> str:
-        """A hash of the weights, the images, the labels and the settings."""
+        """16 hexadecimal digits of the weights, the images, the labels and the settings."""
         h = hashlib.sha256(f"{self.spec.model_dump_json()} {self.batch_size} {self.seed}".encode())
         for t in (*self.model.state_dict().values(), self.images, self.labels):
             h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return h.hexdigest()
+        return h.hexdigest()[:16]
 
     @property
     def finished(self) -> Tensor:
@@ -463,7 +462,7 @@ class Evaluation:
                 self.seconds += time.perf_counter() - start
                 if self.state:
                     tensors = {k: getattr(self, k) for k in ("prediction", "broken_by", "passed")}
-                    write_tensors(self.state, tensors, {"of": self.identity, "seconds": self.seconds})
+                    write_tensors(self.state, tensors, {"seconds": self.seconds})
         return self
 
     def _pending(self, index: Tensor, upto: int) -> Iterator[tuple[int, Tensor]]:

@@ -1,4 +1,4 @@
-"""The command line: `cfol-nb run | train | suite | fetch | list`."""
+"""The command line: `cfol-nb run | train | suite | audit | fetch | list`."""
 
 from __future__ import annotations
 
@@ -205,6 +205,65 @@ def suite(
             groups.setdefault(label, []).append(outcomes)
     if groups:
         typer.echo(headline(groups).to_string())
+
+
+@app.command()
+@_stoppable
+def audit(
+    model: Annotated[str, typer.Option(help="FILE.py:function, torchvision:NAME, or run:FOLDER.")],
+    data: Annotated[str, typer.Option(help="Whose test split: a data set of `cfol-nb list`, or imagefolder:PATH.")],
+    weights: Annotated[Path | None, typer.Option(help="Safetensors file of the module's state.")] = None,
+    eps: Annotated[str, typer.Option(help="Radius in the unit of images in [0, 1].")] = "8/255",
+    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    version: Annotated[str, typer.Option(help="Of AutoAttack: standard or fast.")] = "standard",
+    worst_only: Annotated[
+        bool, typer.Option("--worst-only", help="Spend on the classes that can still be the worst, until one is left.")
+    ] = False,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop AutoAttack after so long.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Images per class.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Resize to this side.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile", help="Attack a compiled copy; pays in long audits.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the page; default runs/audits/NAME.")] = None,
+) -> None:
+    """Audit any model: which class is weakest, how sure is that, what attacks it? Prints it and writes one HTML page.
+
+    The same command goes on where an earlier one stopped.
+
+    Example: cfol-nb audit --model net.py:make --weights net.safetensors --data imagefolder:photos --minutes 30
+    """
+    import torch
+
+    from cfol_nb import audit as a
+    from cfol_nb import data as d
+    from cfol_nb.config import choose
+    from cfol_nb.files import runs_dir, write_tensors
+    from cfol_nb.headless import parse
+
+    if choose("device", device, ("auto", "cpu", "cuda")) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = d.limit(d.load(data, image_size=image_size).test, limit)
+    net = a.load_model(model, weights, len(images.class_names), images.images.shape[1]).to(device)
+    name = f"{Path(model).stem if '.py:' in model else model.rpartition(':')[2].rpartition('/')[2]}-{Path(data).name}"
+    folder = out or runs_dir() / "audits" / name.replace(":", "-")
+    found = a.audit(
+        net,
+        images.images,
+        images.labels,
+        images.class_names,
+        eps=float(parse(eps)),
+        norm=norm,
+        version=version,
+        name=name,
+        worst_only=worst_only,
+        minutes=minutes,
+        folder=folder,
+        compiled=compiled,
+    )
+    write_tensors(folder / "outcomes.safetensors", found.outcomes.tensors(), found.outcomes.meta())
+    typer.echo(found.table().round(3).to_string(index=False))
+    typer.echo(f"\nimages that each attack was the first to break\n{found.broken_by().to_string()}")
+    typer.echo(f"\n{found.checks.to_string(index=False)}\n\n{found.verdict()}\n\n{found.html(folder / 'audit.html')}")
 
 
 @app.command()

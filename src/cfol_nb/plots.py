@@ -81,7 +81,7 @@ def class_accuracies(
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(rows, names)
     axes[0, 0].set_ylabel("class")
-    axes[0, -1].legend(loc="lower left", frameon=True, fontsize=9)
+    axes[0, -1].legend(loc="best", frameon=True, fontsize=9)
     return fig
 
 
@@ -154,4 +154,58 @@ def trade(groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str | Non
             arrowprops={"arrowstyle": "-", "color": (*colours[label], 0.5), "lw": 0.8, "shrinkB": 5},
         )
     ax.set_ylim(min(low, at - 0.05 * (high - low)), high)
+    return fig
+
+
+def radii(table: pd.DataFrame, weakest: str | None = None) -> Figure:
+    """Accuracy of each class (columns) by radius (index); `weakest` in colour, the mean dashed."""
+    fig, ax = plt.subplots(figsize=(7, 3.8))
+    for name in table.columns:
+        ax.plot(table.index, table[name], color="#c9ced6", lw=1.2, zorder=1)
+    ax.plot(table.index, table.mean(axis=1), color="#444444", ls="--", lw=1.6, label="mean of classes", zorder=2)
+    if weakest is not None:
+        ax.plot(table.index, table[weakest], "o-", color=ROBUST, lw=2.4, ms=4, label=weakest, zorder=3)
+    ax.set(xlabel="radius", ylabel="accuracy under PGD-20", ylim=(0, 1.02), xlim=(0, table.index[-1]))
+    ax.legend(frameon=True, fontsize=9)
+    return fig
+
+
+def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
+    """Row: true class, column: what it is taken for, in per cent of the row; the diagonal is left out."""
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = max(3.6, 0.42 * len(names))
+    fig, ax = plt.subplots(figsize=(side + 1.4, side))
+    sns.heatmap(
+        share,
+        mask=np.eye(len(names), dtype=bool),
+        cmap="rocket_r",
+        vmin=0,
+        annot=len(names) <= 12,
+        fmt=".0f",
+        xticklabels=list(names),
+        yticklabels=list(names),
+        cbar_kws={"label": "% of the class"},
+        ax=ax,
+    )
+    ax.set(xlabel="prediction under attack", ylabel="class")
+    return fig
+
+
+def gallery(x, x_adv, names: Sequence[str], predicted: Sequence[str], radius: np.ndarray) -> Figure:
+    """Rows: clean image, perturbation (scaled to the full range), adversarial image; columns: images (tensors NCHW)."""
+    n = max(len(x), 1)
+    fig, axes = plt.subplots(3, n, figsize=(1.5 * n + 1, 5.2), squeeze=False)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.grid(False)
+    d = x_adv - x
+    size = float(d.abs().max()) if len(x) else 1.0
+    for j in range(len(x)):
+        for ax, image in zip(axes[:, j], (x[j], d[j] / (2 * max(size, 1e-12)) + 0.5, x_adv[j]), strict=True):
+            ax.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+        axes[0, j].set_title(names[j], fontsize=10)
+        axes[2, j].set_xlabel(f"{predicted[j]}\nat {radius[j]:.3g}", fontsize=10, color=ROBUST)
+    for ax, label in zip(axes[:, 0], ("clean", "perturbation", "adversarial"), strict=True):
+        ax.set_ylabel(label, fontsize=10)
     return fig

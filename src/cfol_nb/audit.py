@@ -1,0 +1,557 @@
+"""Audit: how robust is each class of any model, how sure is that, what attacks it, and can the numbers be trusted?"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import runpy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfol_nb import plots, stats
+from cfol_nb.attacks import as_float, evaluating, margin, pgd, predict
+from cfol_nb.autoattack import Evaluation, TimeUp, find_worst
+from cfol_nb.config import Attack, AutoAttack, choose
+from cfol_nb.evaluate import Outcomes, evaluate
+from cfol_nb.files import bar
+from cfol_nb.models import Normalize, build
+from cfol_nb.runs import Run
+
+NORMS = {"linf": "L-inf", "l2": "L2"}
+FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the radius, in the sweep
+
+
+# -- can the numbers be trusted? ---------------------------------------------------------------------------------------
+
+
+def _pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, steps: int, **more) -> Tensor:
+    generator = torch.Generator(x.device).manual_seed(0)
+    step = max(eps / 4 if steps < 10 else 2.5 * eps / steps, 1e-12)
+    return pgd(model, x, y, eps, step, steps, norm, generator=generator, check=False, **more)
+
+
+def _surrogate(model: nn.Module, x: Tensor) -> nn.Module:
+    """A small CNN that was taught the model's own predictions on x for a moment: a source of transferred attacks."""
+    with torch.no_grad():
+        z = model(x)
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(0)
+        student = build("smallcnn", num_classes=z.shape[1], channels=x.shape[1]).to(x)
+    optimizer = torch.optim.Adam(student.parameters(), 2e-3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        for _ in range(150):
+            i = torch.randint(len(x), (64,), generator=generator).to(x.device)
+            optimizer.zero_grad()
+            F.cross_entropy(student(x[i]), z[i].argmax(1)).backward()
+            optimizer.step()
+    return student.eval()
+
+
+def checklist(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float = 8 / 255,
+    norm: str = "linf",
+    *,
+    outcomes: Outcomes | None = None,
+    surrogate: nn.Module | None = None,
+) -> pd.DataFrame:
+    """Signs that an evaluation cannot be trusted (Carlini et al. 2019; Croce and Hein 2020): check, verdict, seen.
+
+    images, labels: some, a hundred or two; attacked are those of them that are classified correctly.
+    outcomes: of the whole evaluation, if there is one with AutoAttack in it. surrogate: another model, whose
+    adversarial images are transferred; by default a small one that is taught the model's predictions here.
+    verdict: "ok", "look" (a reason to look closer) or "fail" (do not quote the numbers).
+    """
+    tensor = next(model.parameters(), torch.empty(0))
+    x, y = as_float(images, tensor.dtype, tensor.device), labels.to(tensor.device)
+    rows: list[tuple[str, str, str]] = []
+
+    def say(check: str, fine: bool, seen: str, otherwise: str = "fail") -> None:
+        rows.append((check, "ok" if fine else otherwise, seen))
+
+    def right(a: Tensor) -> float:
+        return (model(a).argmax(1) == y).double().mean().item()
+
+    with evaluating(model), torch.no_grad():
+        z = model(x)
+        k, scale = z.shape[1], z.std().clamp_min(1e-12)
+        again = max(((model(x) - z).abs().max() / scale).item() for _ in range(3))
+        say("the same images give the same logits", again < 1e-3, f"largest difference {again:.1e} of their spread")
+        order = torch.arange(len(x) - 1, -1, -1, device=x.device)[: max(1, len(x) // 2)]
+        alone = ((model(x[order]) - z[order]).abs().max() / scale).item()
+        say("an image's logits do not depend on its batch", alone < 1e-3, f"largest difference {alone:.1e}")
+        sums = bool((z >= 0).all()) and bool(((z.sum(1) - 1).abs() < 1e-3).all())
+        say(
+            "the outputs are logits, not probabilities", not sums, "sums of 1" if sums else f"spread {scale.item():.2g}"
+        )
+        keep = z.argmax(1) == y
+        share = keep.double().mean().item()
+        say("clean accuracy is above chance", share > 1.5 / k, f"{100 * share:.0f} % of {len(x)} images, {k} classes")
+        if not keep.any():
+            return pd.DataFrame(rows, columns=["check", "verdict", "seen"])
+        x, y, z = x[keep], y[keep], z[keep]
+        a = x.clone().requires_grad_()
+        with torch.enable_grad():
+            (g,) = torch.autograd.grad(margin(model(a), y).sum(), a, allow_unused=True)
+        flat = torch.zeros_like(x).flatten(1) if g is None else g.flatten(1)
+        zero = (flat == 0).all(1).double().mean().item()
+        with torch.enable_grad():
+            (g,) = torch.autograd.grad(F.cross_entropy(model(a), y, reduction="sum"), a, allow_unused=True)
+        gone = 1.0 if g is None else (g.flatten(1) == 0).all(1).double().mean().item()
+        say("gradients of the margin are not zero", zero == 0, f"zero for {100 * zero:.0f} % of images")
+        say(
+            "gradients of the cross-entropy are not zero",
+            gone < 0.05,
+            f"zero for {100 * gone:.0f} % of images"
+            + (" (saturated: trust the margin losses)" if gone >= 0.05 else ""),
+            "look",
+        )
+        same = bool(len(x) > 1 and (flat - flat[0]).abs().max() <= 1e-6 * flat.abs().max())
+        say(
+            "gradients differ between images", not same, "all alike: the model is linear" if same else "they do", "look"
+        )
+
+        losses, held = [], []
+        for steps in (1, 5, 20, 100):
+            adv = _pgd(model, x, y, eps, norm, steps, best=True)
+            losses.append(F.cross_entropy(model(adv), y).item())
+            held.append(right(adv))
+        text = ", ".join(f"{v:.3g}" for v in losses)
+        say("the attack's loss rises with its steps", bool(np.all(np.diff(losses) >= -0.01 * max(losses))), text)
+        text = ", ".join(f"{100 * v:.0f}" for v in held) + " % right after 1, 5, 20, 100 steps"
+        say("more steps never help the defender", bool(np.all(np.diff(held) <= 0.01)), text)
+        far = 1.0 if norm == "linf" else float(x[0].numel() ** 0.5)
+        left = right(_pgd(model, x, y, far, norm, 20, loss="margin", retire=True))
+        say("no image withstands an unbounded attack", left == 0, f"{100 * left:.0f} % right at radius {far:g}")
+        other = _surrogate(model, x) if surrogate is None else surrogate
+        moved = right(_pgd(other, x, y, eps, norm, 20))
+        say(
+            "transferred attacks are weaker than direct ones",
+            moved >= held[2] - 0.01,
+            f"{100 * moved:.0f} % right after transfer, {100 * held[2]:.0f} % after a direct attack",
+        )
+    if outcomes is not None and (names := [n for n in outcomes.predictions if n.endswith(":fab-t")]):
+        before, after = (outcomes.correct(n).mean() for n in (names[-1], names[-1].removesuffix(":fab-t")))
+        say(
+            "the black-box attack finds no more than the others",
+            before - after <= 0.002,
+            f"Square broke another {100 * (before - after):.1f} % of images",
+            "look",
+        )
+    return pd.DataFrame(rows, columns=["check", "verdict", "seen"])
+
+
+# -- models of others --------------------------------------------------------------------------------------------------
+
+
+def load_model(source: str, weights: Path | None, num_classes: int, channels: int) -> nn.Module:
+    """A model that maps images in [0, 1] to logits, in eval mode, in float32.
+
+    source: "FILE.py:function", called without arguments; "torchvision:NAME", made with as many outputs as there are
+    classes, with ImageNet's normalisation before it, as its published weights expect; or "run:FOLDER" (or
+    "run:FOLDER:selected"), a run of this store. weights: a safetensors file of the module's state.
+    Raises ValueError or FileNotFoundError, with what does not fit, for anything that cannot be loaded.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "torchvision":
+        import torchvision
+
+        body = torchvision.models.get_model(
+            choose("model of torchvision", rest, torchvision.models.list_models(torchvision.models)),
+            weights=None,
+            num_classes=num_classes,
+        )
+        module, model = body, nn.Sequential(Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), body)
+    elif kind == "run":
+        folder, _, which = rest.partition(":")
+        if weights:
+            raise ValueError("a run has its own weights: leave out the weights file")
+        return Run.load(Path(folder)).model(which or "last")
+    elif source.rpartition(":")[0].endswith(".py"):
+        path, _, function = source.rpartition(":")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        found = runpy.run_path(path)
+        if not callable(found.get(function)):
+            raise ValueError(f"{path} defines no function {function!r}")
+        module = model = found[function]()
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"{source} returns a {type(model).__name__}: a torch.nn.Module is needed")
+    else:
+        raise ValueError(f"model {source!r}: FILE.py:function, torchvision:NAME or run:FOLDER is needed")
+    if weights:
+        load_weights(module, weights)
+    return model.eval()
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a safetensors file. Raises ValueError that names the first tensors that do not fit."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        state = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no safetensors file ({error}): save with safetensors.torch.save_file") from error
+    wanted = module.state_dict()
+    lack, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    other = [k for k in sorted(set(state) & set(wanted)) if state[k].shape != wanted[k].shape]
+    for what, names in (("lacks", lack), ("has, but the model has not,", extra)):
+        if names:
+            raise ValueError(f"the weights do not fit: {path} {what} {len(names)} tensors, for example {names[0]}")
+    if other:
+        k = other[0]
+        raise ValueError(
+            f"the weights do not fit: {k} is {tuple(state[k].shape)} in {path}, {tuple(wanted[k].shape)} in the model"
+        )
+    module.load_state_dict(state)
+
+
+# -- the audit ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found. All of it can be recomputed from `outcomes`, except for the pictures."""
+
+    name: str
+    outcomes: Outcomes  # clean, "pgd20", and AutoAttack up to each of its attacks, "autoattack" last
+    radii: pd.DataFrame  # rows: radius, columns: class; accuracy under PGD-20, an image once broken stays broken
+    checks: pd.DataFrame
+    gallery: tuple[Tensor, Tensor, np.ndarray, np.ndarray]  # that fall first: clean, adversarial, index, prediction
+    first: np.ndarray  # (N,) smallest radius of the sweep at which an image fell; inf if none
+    unfinished: np.ndarray  # (K,) images per class that AutoAttack did not come to an end with
+    note: str
+    seconds: float
+
+    def table(self) -> pd.DataFrame:
+        """One row per class, weakest first: n, clean, pgd20, autoattack, low, high, chance to be the weakest."""
+        t = stats.class_table(self.outcomes)
+        out = pd.DataFrame({"class": t["class"], "n": t["n"]})
+        for name in ("clean", "pgd20"):
+            out[name] = stats.accuracies(self.outcomes, name)
+        out["autoattack"], out["low"], out["high"] = t["accuracy"], t["low"], t["high"]
+        out["weakest"] = stats.chance_weakest(self.outcomes).to_numpy()
+        if self.unfinished.any():
+            out["unfinished"] = self.unfinished
+        return out.sort_values("autoattack", kind="stable").reset_index(drop=True)
+
+    def broken_by(self) -> pd.DataFrame:
+        """Images per class that each attack was the first to break; "clean": wrong without one; "held": none broke."""
+        names = ["clean", *(n for n in self.outcomes.predictions if n.startswith("autoattack"))]
+        held = np.stack([stats.counts(self.outcomes, n)[0] for n in names])
+        n = stats.counts(self.outcomes, "clean")[1]
+        names[-1] = self.outcomes.attacks["autoattack"]["attacks"][-1]
+        columns = [n.removeprefix("autoattack:") for n in names]
+        lost = pd.DataFrame((-np.diff(np.vstack([n, held]), axis=0)).T, self.outcomes.class_names, columns)
+        return lost.assign(held=held[-1])
+
+    def confused(self, top: int = 5) -> pd.DataFrame:
+        """The pairs that the attack uses most: class, taken for, images, share of the class."""
+        c = stats.confusion(self.outcomes)
+        share = c / np.maximum(c.sum(1, keepdims=True), 1)
+        np.fill_diagonal(c, 0)
+        rows, columns = np.unravel_index(np.argsort(-c, axis=None, kind="stable")[:top], c.shape)
+        names = np.array(self.outcomes.class_names)
+        found = pd.DataFrame(
+            {
+                "class": names[rows],
+                "taken for": names[columns],
+                "images": c[rows, columns],
+                "share": share[rows, columns],
+            }
+        )
+        return found[found["images"] > 0]
+
+    def verdict(self) -> str:
+        """The answer in a few sentences."""
+        worst, s = self.table().iloc[0], stats.summary(self.outcomes)
+        spec = self.outcomes.attacks["autoattack"]
+
+        def cell(value: float, low: float, high: float) -> str:
+            return f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+        mean, least = s.loc["mean"], s.loc["worst"]
+        text = (
+            f"The weakest class is {worst['class']}: {cell(worst['autoattack'], worst['low'], worst['high'])} of its "
+            f"{worst['n']} images withstand AutoAttack ({spec['version']}, {NORMS[spec['norm']]} {spec['eps']:.4g}), "
+            f"against {cell(mean['value'], mean['low'], mean['high'])} on average over the classes. It is truly the "
+            f"weakest with probability {worst['weakest']:.2f}; the accuracy of whichever class truly is lies in "
+            f"[{100 * least['low']:.1f}, {100 * least['high']:.1f}] %."
+        )
+        under_pgd = stats.weakest(self.outcomes, "pgd20")
+        if under_pgd != worst["class"]:
+            text += f" Under PGD-20 another class, {under_pgd}, looks weakest."
+        bad = self.checks[self.checks["verdict"] != "ok"]
+        text += f" {len(self.checks) - len(bad)} of {len(self.checks)} checks are fine"
+        return (
+            text
+            + ("." if bad.empty else ": look at " + "; ".join(bad["check"]) + ".")
+            + (self.note and f" {self.note}")
+        )
+
+    def figures(self) -> dict[str, plots.Figure]:
+        """Accuracies per class, accuracy by radius, confusion under attack, and the images that fall first."""
+        (x, x_adv, index, predicted), names = self.gallery, self.outcomes.class_names
+        weakest = str(self.table()["class"][0])
+        return {
+            "Accuracy of each class": plots.class_accuracies({"all classes": self.outcomes}),
+            "How accuracy falls with the radius": plots.radii(self.radii, weakest),
+            "What the attack turns a class into": plots.confusion(stats.confusion(self.outcomes), names),
+            "The images that fall first": plots.gallery(
+                x,
+                x_adv,
+                [names[i] for i in self.outcomes.labels[index]],
+                [names[i] for i in predicted],
+                self.first[index],
+            ),
+        }
+
+    def html(self, path: Path) -> Path:
+        """One page that needs nothing else and can be sent to somebody."""
+        percent = "{:.1f} %".format
+        table = self.table()
+        for c in table.columns.intersection(["clean", "pgd20", "autoattack", "low", "high", "weakest"]):
+            table[c] = [percent(100 * v) for v in table[c]]
+        confused = self.confused()
+        confused["share"] = [percent(100 * v) for v in confused["share"]]
+        pictures = []
+        for title, figure in self.figures().items():
+            data = io.BytesIO()
+            figure.savefig(data, format="png", dpi=110)
+            plots.plt.close(figure)
+            code = base64.b64encode(data.getvalue()).decode()
+            pictures.append(f'<h2>{html.escape(title)}</h2><img alt="{title}" src="data:image/png;base64,{code}">')
+
+        def part(title: str, frame: pd.DataFrame, index: bool = False) -> str:
+            return f"<h2>{title}</h2>" + frame.to_html(index=index, border=0, classes="t")
+
+        settings = pd.DataFrame([(k, v) for k, v in self.outcomes.attacks["autoattack"].items()])
+        body = [
+            f"<h1>{html.escape(self.name)}: robustness of each class</h1><p class=v>{html.escape(self.verdict())}</p>",
+            pictures[0],
+            part("Classes, weakest first (95 % Wilson intervals)", table),
+            *pictures[1:3],
+            part("The pairs that the attack uses most", confused),
+            part("Which attack broke how many images", self.broken_by(), True),
+            pictures[3],
+            part("Can these numbers be trusted?", self.checks),
+            part("AutoAttack as it was run", settings).replace("<thead>", "<thead hidden>"),
+            f"<p>{len(self.outcomes.labels)} images, {self.seconds:.0f} s. Made with cfol-nb.</p>",
+        ]
+        style = (
+            "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
+            "img{max-width:100%}.v{font-size:1.15rem;border-left:4px solid #c0392b;padding-left:1rem}"
+            ".t{border-collapse:collapse;font-size:.9rem}.t td,.t th{padding:.25rem .8rem;text-align:right;"
+            "border-bottom:1px solid #e4e4e4}.t td:first-child,.t th:first-child{text-align:left}"
+        )
+        page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self.name)}</title>'
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{page}<style>{style}</style>" + "\n".join(body) + "</html>\n")
+        return path
+
+
+def _checked(model: nn.Module, images: Tensor, labels: Tensor, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    """Class names, after everything that can be refused without an attack."""
+    if images.ndim != 4:
+        raise ValueError(f"images of shape {tuple(images.shape)}: (images, channels, height, width) is needed")
+    try:
+        _, k = predict(model, images[:2], labels[:2])
+        predict(model, images, labels, class_names=class_names)
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the model does not take images of shape {tuple(images.shape[1:])}: {reason}") from error
+    if k < 2:
+        raise ValueError(f"the model has {k} output: a classifier has at least 2")
+    names = tuple(map(str, class_names if class_names is not None else range(k)))
+    missing = [n for n, m in zip(names, torch.bincount(labels.cpu(), minlength=k).tolist(), strict=True) if not m]
+    if len(missing) == k - 1:
+        raise ValueError("the images are all of a single class: there is nothing to compare")
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the model's {k} classes have no images (for example {missing[0]!r}): "
+            "their robustness, and so the worst, cannot be known"
+        )
+    return names
+
+
+def _sweep(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    norm: str,
+    batch_size: int,
+    tick: Callable[[int], None],
+) -> np.ndarray:
+    """(N,) smallest radius of the sweep at which PGD-20 breaks an image, 0 if it is wrong as it is, inf if at none."""
+    tensor = next(model.parameters(), torch.empty(0))
+    first = torch.full((len(labels),), torch.inf)
+    with evaluating(model), torch.no_grad():
+        for i in range(0, len(labels), batch_size):
+            rows = torch.arange(i, min(i + batch_size, len(labels)))
+            x, y = as_float(images[rows], tensor.dtype, tensor.device), labels[rows].to(tensor.device)
+            for r in (0.0, *(f * eps for f in FACTORS)):
+                points = x if r == 0 else _pgd(model, x, y, r, norm, 20, retire=True)
+                fell = model(points).argmax(1) != y
+                first[rows[fell.cpu()]] = r
+                rows, x, y = rows[~fell.cpu()], x[~fell], y[~fell]
+                if not len(rows):
+                    break
+            tick(min(batch_size, len(labels) - i))
+    return first.numpy()
+
+
+def audit(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    class_names: Sequence[str] | None = None,
+    *,
+    eps: float = 8 / 255,
+    norm: str = "linf",
+    version: str = "standard",
+    name: str = "model",
+    worst_only: bool = False,
+    minutes: float | None = None,
+    folder: Path | None = None,
+    surrogate: nn.Module | None = None,
+    compiled: bool = False,
+    batch_size: int = 250,
+    seed: int = 0,
+    show: int = 6,
+) -> Audit:
+    """How robust is each class of this model, how sure is that, and what attacks it?
+
+    model: any module that maps images in [0, 1] to (n, K) logits, on any device, in float32 or better; it is judged in
+    eval mode and left as it was. images: (N, C, H, W) uint8, or floating point in [0, 1]. labels: (N,) integers in
+    0..K-1, every class present. eps: in the unit of images in [0, 1]. norm: "linf" or "l2".
+    version: of AutoAttack, "standard" or "fast". worst_only: spend AutoAttack on the classes that can still be the
+    worst, until one is left at 95 % confidence; the others are then attacked in part, and the outcome says so.
+    minutes: a limit; what AutoAttack did not come to is reported as unfinished, its accuracy being an upper bound.
+    folder: where AutoAttack's state is kept, from which the same audit goes on when it was stopped.
+    surrogate: see `checklist`. compiled: attack a compiled copy of the model (half a minute, pays in long audits).
+    show: images in the gallery.
+    Everything that can be refused is refused before the first attack: ValueError, FloatingPointError.
+    """
+    start, labels = time.monotonic(), torch.as_tensor(labels).cpu().long()
+    deadline = start + 60 * minutes if minutes else float("inf")
+    spec = AutoAttack(eps=eps, norm=norm, version=version)
+    names = _checked(model, images, labels, class_names)
+    pgd20 = Attack(eps=eps, step=max(eps / 8, 1e-12), steps=20, norm=norm)
+    with bar(100, "audit") as progress:
+
+        def upto(share: float) -> None:
+            progress.update(100 * share - progress.n)
+
+        def tick(done: int, base: float = 0.0) -> None:
+            upto(base + 0.05 * done / len(labels))
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"minutes={minutes:g} are over before AutoAttack began: give more time or fewer images"
+                )
+
+        done = 0
+
+        def count(n: int) -> None:
+            nonlocal done
+            tick(done := done + n)
+
+        outcomes = evaluate(
+            model, images, labels, {"pgd20": pgd20}, class_names=names, batch_size=batch_size, seed=seed, progress=count
+        )
+        first = _sweep(model, images, labels, eps, norm, batch_size, count)
+        note, e = (
+            "",
+            Evaluation(
+                model,
+                images,
+                labels,
+                spec,
+                batch_size=batch_size,
+                seed=seed,
+                folder=folder,
+                compiled=compiled,
+                progress=lambda share: upto(0.1 + 0.9 * share),
+                deadline=deadline,
+            ),
+        )
+        try:
+            if worst_only:
+                verdict = find_worst(e)
+                left = ", ".join(names[c] for c in verdict.classes)
+                note = (
+                    f"Of these images {left} is the worst class, at 95 % confidence"
+                    if verdict.decided
+                    else f"Not decided between {left}, with all their images attacked"
+                ) + "; the other classes were attacked in part."
+            else:
+                e.run()
+        except TimeUp:
+            note = f"AutoAttack was stopped after {minutes:g} minutes."
+    unfinished = torch.bincount(labels[~e.finished], minlength=len(names)).numpy()
+    if unfinished.any():
+        note += f" {unfinished.sum()} images are not fully attacked: the accuracies of their classes are upper bounds."
+    outcomes.add_autoattack("autoattack", e)
+    levels = [0.0, *(f * eps for f in FACTORS)]
+    k = len(names)
+    n = np.bincount(outcomes.labels, minlength=k)
+    falls = [np.bincount(outcomes.labels[first > r], minlength=k) / n for r in levels]
+    some = _some(labels, 200, seed)
+    checks = checklist(model, images[some], labels[some], eps, norm, outcomes=outcomes, surrogate=surrogate)
+    return Audit(
+        name,
+        outcomes,
+        pd.DataFrame(falls, index=pd.Index(levels, name="radius"), columns=names),
+        checks,
+        _gallery(model, images, labels, first, eps, norm, show),
+        first,
+        unfinished,
+        note.strip(),
+        time.monotonic() - start,
+    )
+
+
+def _some(labels: Tensor, n: int, seed: int) -> Tensor:
+    """Indices of about n images, classes alike."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    rank = torch.zeros_like(labels)
+    for c in labels.unique():
+        of_class = order[labels[order] == c]
+        rank[of_class] = torch.arange(len(of_class))
+    return order[rank[order].argsort(stable=True)][:n]
+
+
+def _gallery(
+    model: nn.Module, images: Tensor, labels: Tensor, first: np.ndarray, eps: float, norm: str, show: int
+) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+    """The images that are right and fall at the smallest radius, no more than two of a class, with PGD-20 at eps."""
+    tensor = next(model.parameters(), torch.empty(0))
+    fell = np.flatnonzero((first > 0) & (first <= eps))
+    fell, taken, index = fell[np.argsort(first[fell], kind="stable")], {}, []
+    for i in fell:
+        c = int(labels[i])
+        if taken.get(c, 0) < 2 and len(index) < show:
+            taken[c] = taken.get(c, 0) + 1
+            index.append(i)
+    index = np.array(index, dtype=int)
+    x, y = as_float(images[index], tensor.dtype, tensor.device), labels[index].to(tensor.device)
+    x_adv = _pgd(model, x, y, eps, norm, 20, best=True) if len(index) else x
+    with evaluating(model), torch.no_grad():
+        predicted = model(x_adv).argmax(1).cpu().numpy() if len(index) else index
+    return x.cpu(), x_adv.cpu(), index, predicted
