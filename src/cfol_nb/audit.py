@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfol_nb import plots, stats
-from cfol_nb.attacks import as_float, evaluating, margin, pgd, predict
+from cfol_nb.attacks import LOSSES, as_float, evaluating, margin, pgd, predict
 from cfol_nb.autoattack import Evaluation, TimeUp, find_worst
 from cfol_nb.config import Attack, AutoAttack, choose
 from cfol_nb.evaluate import Outcomes, evaluate
@@ -103,14 +103,18 @@ def checklist(
         if not keep.any():
             return pd.DataFrame(rows, columns=["check", "verdict", "seen"])
         x, y, z = x[keep], y[keep], z[keep]
-        a = x.clone().requires_grad_()
-        with torch.enable_grad():
-            (g,) = torch.autograd.grad(margin(model(a), y).sum(), a, allow_unused=True)
-        flat = torch.zeros_like(x).flatten(1) if g is None else g.flatten(1)
-        zero = (flat == 0).all(1).double().mean().item()
-        with torch.enable_grad():
-            (g,) = torch.autograd.grad(F.cross_entropy(model(a), y, reduction="sum"), a, allow_unused=True)
-        gone = 1.0 if g is None else (g.flatten(1) == 0).all(1).double().mean().item()
+
+        def gradient(loss: Callable[[Tensor], Tensor]) -> Tensor:
+            a = x.clone().requires_grad_()
+            with torch.enable_grad():
+                (g,) = torch.autograd.grad(loss(model(a)).sum(), a, allow_unused=True)
+            return (torch.zeros_like(x) if g is None else g).flatten(1)
+
+        def none(g: Tensor) -> float:
+            return (g == 0).all(1).double().mean().item()
+
+        zero, gone = none(gradient(lambda z: margin(z, y))), none(gradient(lambda z: LOSSES["ce"](z, y, None)))
+        flat = gradient(lambda z: z[:, 0] - z.mean(1))
         say("gradients of the margin are not zero", zero == 0, f"zero for {100 * zero:.0f} % of images")
         say(
             "gradients of the cross-entropy are not zero",

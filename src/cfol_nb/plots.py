@@ -192,7 +192,8 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
 
 
 def gallery(x, x_adv, names: Sequence[str], predicted: Sequence[str], radius: np.ndarray) -> Figure:
-    """Rows: clean image, perturbation (scaled to the full range), adversarial image; columns: images (tensors NCHW)."""
+    """Rows: clean image, perturbation (scaled to its largest), adversarial image; columns: images (NCHW in [0, 1])."""
+    x, x_adv = np.asarray(x), np.asarray(x_adv)
     n = max(len(x), 1)
     fig, axes = plt.subplots(3, n, figsize=(1.5 * n + 1, 5.2), squeeze=False)
     for ax in axes.flat:
@@ -200,10 +201,10 @@ def gallery(x, x_adv, names: Sequence[str], predicted: Sequence[str], radius: np
         ax.set_yticks([])
         ax.grid(False)
     d = x_adv - x
-    size = float(d.abs().max()) if len(x) else 1.0
+    size = np.abs(d).max() if len(x) else 1.0
     for j in range(len(x)):
         for ax, image in zip(axes[:, j], (x[j], d[j] / (2 * max(size, 1e-12)) + 0.5, x_adv[j]), strict=True):
-            ax.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+            ax.imshow(np.squeeze(image.transpose(1, 2, 0).clip(0, 1)), cmap="gray", vmin=0, vmax=1)
         axes[0, j].set_title(names[j], fontsize=10)
         axes[2, j].set_xlabel(f"{predicted[j]}\nat {radius[j]:.3g}", fontsize=10, color=ROBUST)
     for ax, label in zip(axes[:, 0], ("clean", "perturbation", "adversarial"), strict=True):

@@ -1,0 +1,273 @@
+import itertools
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from test_autoattack import of_test, trained  # noqa: F401
+from torch import nn
+
+from cfol_nb import audit as module
+from cfol_nb import autoattack as aa
+from cfol_nb import stats
+from cfol_nb.audit import audit, checklist, load_model
+from cfol_nb.models import build
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(aa, "square", lambda batch, f=aa.square: f(batch, 60))
+
+
+def verdicts(table):
+    return dict(zip(table["check"], table["verdict"], strict=True))
+
+
+# -- the checklist: sound models pass, and each kind of broken one is caught -------------------------------------------
+
+
+def test_a_sound_model_passes_every_check(trained, digits):  # noqa: F811
+    for model in trained:
+        x, y = of_test(digits, 120)
+        table = checklist(model, x, y, 0.1)
+        assert (table["verdict"] == "ok").all(), table
+
+
+class Broken(nn.Module):
+    """A network around another one, broken in one way."""
+
+    def __init__(self, net, how):
+        super().__init__()
+        self.net, self.how = net, how
+
+    def forward(self, x):
+        if self.how == "random":
+            return self.net(x + 0.1 * torch.randn_like(x))
+        if self.how == "rounds":  # no gradient passes
+            x = torch.round(x * 4) / 4
+        z = self.net(x)
+        if self.how == "saturates":
+            return 1e4 * z
+        if self.how == "probabilities":
+            return z.softmax(1)
+        if self.how == "batch":
+            return z - z.mean(0)
+        if self.how == "shuffled":
+            return z.roll(3, 1)
+        return z
+
+
+@pytest.mark.parametrize(
+    ("how", "check", "verdict"),
+    [
+        ("random", "the same images give the same logits", "fail"),
+        ("batch", "an image's logits do not depend on its batch", "fail"),
+        ("probabilities", "the outputs are logits, not probabilities", "fail"),
+        ("rounds", "gradients of the margin are not zero", "fail"),
+        ("rounds", "no image withstands an unbounded attack", "fail"),
+        ("rounds", "transferred attacks are weaker than direct ones", "fail"),
+        ("saturates", "gradients of the cross-entropy are not zero", "look"),
+        ("shuffled", "clean accuracy is above chance", "fail"),
+    ],
+)
+def test_a_broken_model_is_caught(trained, digits, how, check, verdict):  # noqa: F811
+    x, y = of_test(digits, 120)
+    assert verdicts(checklist(Broken(trained[1], how).eval(), x, y, 0.1))[check] == verdict
+
+
+def test_a_linear_model_and_one_that_transfer_breaks_are_seen(digits, trained):  # noqa: F811
+    x, y = of_test(digits, 100)
+    torch.manual_seed(0)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    y2 = flat(x).argmax(1)
+    assert verdicts(checklist(flat, x, y2, 0.05))["gradients differ between images"] == "look"
+    masked = Broken(trained[1], "rounds").eval()
+    table = checklist(masked, x, y, 0.1, surrogate=trained[1])
+    assert verdicts(table)["transferred attacks are weaker than direct ones"] == "fail"
+
+
+# -- the audit ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(trained, digits, tmp_path_factory):  # noqa: F811
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aa, "square", lambda batch, f=aa.square: f(batch, 60))
+        x, y = of_test(digits, 150)
+        before = {k: v.clone() for k, v in trained[2].state_dict().items()}
+        trained[2].train()
+        out = audit(trained[2], x, y, digits.class_names, eps=0.1, name="<a> & b")
+        assert all(m.training for m in trained[2].modules())
+        assert all(torch.equal(v, before[k]) for k, v in trained[2].state_dict().items())
+        assert all(p.grad is None and p.requires_grad for p in trained[2].parameters())
+        trained[2].eval()
+    return out
+
+
+def test_table_and_attacks_add_up(found):
+    table, broken = found.table(), found.broken_by()
+    assert table["autoattack"].is_monotonic_increasing
+    assert (table["autoattack"] <= table["pgd20"]).all()
+    assert (table["pgd20"] <= table["clean"]).all()
+    assert table["weakest"].sum() == pytest.approx(1)
+    np.testing.assert_array_equal(broken.sum(axis=1), stats.counts(found.outcomes, "clean")[1])
+    held = table.set_index("class").loc[list(broken.index)]
+    np.testing.assert_array_equal(broken["held"], (held["autoattack"] * held["n"]).round())
+    assert list(broken.columns) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square", "held"]
+    assert not found.unfinished.any()
+    confused = found.confused(3)
+    c = stats.confusion(found.outcomes)
+    assert confused["images"].iloc[0] == (c - np.diag(np.diag(c))).max()
+    assert str(table["class"][0]) in found.verdict()
+
+
+def test_accuracy_falls_with_the_radius_from_the_clean_one_on(found):
+    for a, b in itertools.pairwise(found.radii.to_numpy()):
+        assert (b <= a).all()
+    np.testing.assert_allclose(found.radii.iloc[0], stats.accuracies(found.outcomes, "clean"))
+    fell = found.first[found.gallery[2]]
+    assert (fell > 0).all()
+    assert fell.max() <= np.sort(found.first[found.first > 0])[30]  # they are among the first
+
+
+def test_the_page_needs_nothing_else_and_escapes_names(found, tmp_path):
+    page = found.html(tmp_path / "new" / "a.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "&lt;a&gt; &amp; b" in page
+    assert "<a>" not in page
+    assert "http" not in page
+    assert "<script" not in page
+    for name in found.outcomes.class_names:
+        assert f"<td>{name}</td>" in page
+
+
+def test_a_time_limit_leaves_an_honest_outcome_and_the_same_call_goes_on(trained, digits, tmp_path, quick, monkeypatch):  # noqa: F811
+    x, y = of_test(digits, 60)
+    whole = audit(trained[0], x, y, eps=0.1, batch_size=30)
+    original, calls = aa.Evaluation._attack, []
+
+    def limited(self, number, batch):
+        calls.append(number)
+        if len(calls) > 4:
+            raise aa.TimeUp
+        original(self, number, batch)
+
+    monkeypatch.setattr(aa.Evaluation, "_attack", limited)
+    part = audit(trained[0], x, y, eps=0.1, batch_size=30, folder=tmp_path, minutes=1)
+    assert part.unfinished.sum() > 0
+    assert "upper bounds" in part.verdict()
+    assert part.outcomes.attacks["autoattack"]["unfinished"] == part.unfinished.sum()
+    assert (stats.accuracies(part.outcomes) >= stats.accuracies(whole.outcomes)).all()
+    monkeypatch.setattr(aa.Evaluation, "_attack", original)
+    again = audit(trained[0], x, y, eps=0.1, batch_size=30, folder=tmp_path)
+    np.testing.assert_array_equal(again.outcomes.predictions["autoattack"], whole.outcomes.predictions["autoattack"])
+    with pytest.raises(ValueError, match="over before AutoAttack"):
+        audit(trained[0], x, y, eps=0.1, minutes=1e-9)
+
+
+def test_spending_on_the_worst_says_what_it_skipped(trained, digits, quick):  # noqa: F811
+    x, y = of_test(digits, 300)
+    part = audit(trained[1], x, y, eps=0.08, version="fast", worst_only=True)
+    assert "unfinished" in part.table() or "Not decided" in part.verdict()
+    assert "95 % confidence" in part.verdict() or "Not decided" in part.verdict()
+
+
+# -- bad input is refused before the first attack ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_attack(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("an attack was started")
+
+    monkeypatch.setattr(module, "evaluate", never)
+
+
+def case(name):
+    x, y = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    net = build("smallcnn", channels=1)
+    nan = build("smallcnn", channels=1)
+    with torch.no_grad():
+        nan[1][0].weight[:] = torch.nan
+    names = tuple("abcdefghij")
+    return {
+        "wrong width": (
+            build("smallcnn", num_classes=7, channels=1),
+            x,
+            y % 7,
+            names,
+            {},
+            "10 class names, but the model has 7",
+        ),
+        "too many outputs": (
+            build("smallcnn", num_classes=12, channels=1),
+            x,
+            y,
+            None,
+            {},
+            "2 of the model's 12 classes",
+        ),
+        "labels": (net, x, y + 5, names, {}, "labels reach from 5 to 14"),
+        "non-finite": (nan, x, y, names, {}, "not finite"),
+        "channels": (net, torch.rand(20, 3, 8, 8), y, names, {}, r"does not take images of shape \(3, 8, 8\)"),
+        "0..255": (net, 255 * x, y, names, {}, "must lie in"),
+        "empty class": (net, x, y.clamp(max=8), names, {}, "1 of the model's 10 classes have no images .*'j'"),
+        "single class": (net, x, y * 0, names, {}, "single class"),
+        "not images": (net, x.flatten(1), y, names, {}, "images of shape"),
+        "counts": (net, x, y[:9], names, {}, "20 images and 9 labels"),
+        "features": (net[1][0], x, y, names, {}, r"logits of shape \(images, classes\)"),
+        "radius": (net, x, y, names, {"eps": 8}, "8/255"),
+        "norm": (net, x, y, names, {"norm": "l1"}, "linf"),
+        "half": (build("smallcnn", channels=1).half(), x, y, names, {}, "float32 or better"),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    "wrong width,too many outputs,labels,non-finite,channels,0..255,empty class,single class,not images,counts,"
+    "features,radius,norm,half".split(","),
+)
+def test_bad_input_is_refused_in_a_sentence(name, no_attack):
+    model, x, y, names, more, said = case(name)
+    with pytest.raises((ValueError, FloatingPointError), match=said):
+        audit(model, x, y, names, **more)
+
+
+# -- models of others --------------------------------------------------------------------------------------------------
+
+
+def test_models_are_loaded_from_files_and_torchvision(tmp_path):
+    code = tmp_path / "net.py"
+    make = "import torch\ndef make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    code.write_text(make + "x = 3\ndef bad():\n    return 3\n")
+    net = load_model(f"{code}:make", None, 10, 1)
+    safetensors.torch.save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "w.safetensors")
+    again = load_model(f"{code}:make", tmp_path / "w.safetensors", 10, 1)
+    x = torch.rand(3, 1, 8, 8)
+    assert torch.equal(again(x), net(x))
+    assert not again.training
+    body = load_model("torchvision:resnet18", None, 7, 3)
+    assert body(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    torch.testing.assert_close(body[0](torch.full((1, 3, 1, 1), 0.485))[0, 0, 0, 0], torch.tensor(0.0))
+    (tmp_path / "torn.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:40])
+    safetensors.torch.save_file({"1.weight": torch.zeros(10, 64)}, tmp_path / "less.safetensors")
+    safetensors.torch.save_file(
+        {"1.weight": torch.zeros(9, 64), "1.bias": torch.zeros(10)}, tmp_path / "shape.safetensors"
+    )
+    safetensors.torch.save_file({**net.state_dict(), "more": torch.zeros(1)}, tmp_path / "more.safetensors")
+    for source, weights, said in (
+        ("net", None, "torchvision:NAME"),
+        ("torchvision:resnet81", None, "did you mean"),
+        (f"{code}:made", None, "no function 'made'"),
+        (f"{code}:x", None, "no function 'x'"),
+        (f"{code}:bad", None, "returns a int"),
+        (f"{code}:make", "torn", "no safetensors file"),
+        (f"{code}:make", "less", "lacks 1 tensors, for example 1.bias"),
+        (f"{code}:make", "more", "has, but the model has not, 1 tensors, for example more"),
+        (f"{code}:make", "shape", r"1.weight is \(9, 64\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_model(source, weights and tmp_path / f"{weights}.safetensors", 10, 1)
+    for source, weights in ((f"{tmp_path}/no.py:make", None), (f"{code}:make", tmp_path / "no.safetensors")):
+        with pytest.raises(FileNotFoundError, match="there is no file"):
+            load_model(source, weights, 10, 1)

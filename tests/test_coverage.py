@@ -1,0 +1,122 @@
+"""Do the stated 95 % intervals hold? Simulated outcomes with known class accuracies."""
+
+import numpy as np
+import pytest
+
+from cfol_nb import stats
+from cfol_nb.evaluate import Outcomes
+
+CIFAR = np.array([0.55, 0.70, 0.35, 0.22, 0.33, 0.38, 0.55, 0.58, 0.65, 0.60])  # like a robust CIFAR-10 model
+DIGITS = np.array([0.95, 0.75, 0.88, 0.78, 0.90, 0.85, 0.93, 0.85, 0.62, 0.75])
+CIFAR100 = np.random.default_rng(5).beta(2, 5, 100)
+
+
+def outcomes(right, labels, k):
+    predictions = {"clean": labels, "pgd": np.where(right, labels, (labels + 1) % k)}
+    return Outcomes(labels, predictions, tuple(map(str, range(k))), {"pgd": {}})
+
+
+def coverage(accuracy, n, simulations, draws=300):
+    """Share of simulations in which each interval holds the truth, single and paired."""
+    k, rng, held = len(accuracy), np.random.default_rng(0), {}
+    labels = np.repeat(np.arange(k), n)
+    other = np.clip(accuracy + 0.05 * np.cos(np.arange(k)), 0.01, 0.99)
+    for seed in range(simulations):
+        u = rng.random(len(labels))
+        v = np.where(rng.random(len(labels)) < 0.7, u, rng.random(len(labels)))  # the same images are hard for both
+        a, b = outcomes(u < accuracy[labels], labels, k), outcomes(v < other[labels], labels, k)
+        for kind, versus in (("", None), ("paired ", b)):
+            table = stats.summary(a, versus=versus, draws=draws, seed=seed)
+            for name in ("mean", "tail", "worst"):
+                f = stats.STATISTICS[name]
+                truth = f(accuracy) - (f(other) if versus else 0)
+                row = table.loc[name]
+                held.setdefault(kind + name, []).append(row["low"] <= truth <= row["high"])
+    return {name: float(np.mean(v)) for name, v in held.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("accuracy", "n", "simulations"),
+    [(CIFAR, 60, 500), (DIGITS, 60, 500), (CIFAR, 1000, 200), (CIFAR100, 100, 100)],
+    ids=["cifar-60", "digits-60", "cifar-1000", "cifar100-100"],
+)
+def test_intervals_hold_in_93_to_97_per_cent(accuracy, n, simulations):
+    noise = 2.5 * np.sqrt(0.95 * 0.05 / simulations)  # of the simulation itself
+    for name, share in coverage(accuracy, n, simulations).items():
+        assert 0.93 - noise <= share <= min(0.97 + noise, 1), (name, share)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("accuracy", "n"),
+    [(np.full(10, 0.7), 60), (np.r_[0.2, np.full(9, 0.8)], 60), (np.r_[0.02, np.full(9, 0.5)], 60)],
+    ids=["equal", "outlier", "nearly 0"],
+)
+def test_single_intervals_hold_where_classes_are_equal_or_one_stands_alone(accuracy, n):
+    held = coverage(accuracy, n, 250)
+    assert min(held["mean"], held["tail"], held["worst"]) >= 0.92, held
+
+
+def test_the_interval_of_a_class_holds_with_its_level():
+    """Wilson's interval, exactly: the sum of binomial probabilities of the counts whose interval holds p."""
+    from scipy.stats import binom
+
+    for n in (60, 100, 1000):
+        ends = np.array([stats.wilson(c, n) for c in range(n + 1)])
+        for p in np.linspace(0.1, 0.9, 17):
+            held = binom.pmf(np.arange(n + 1)[(ends[:, 0] <= p) & (p <= ends[:, 1])], n, p).sum()
+            assert 0.925 < held < 0.975
+        shares = [
+            binom.pmf(np.arange(n + 1)[(ends[:, 0] <= p) & (p <= ends[:, 1])], n, p).sum()
+            for p in np.linspace(0.1, 0.9, 161)
+        ]
+        assert 0.94 < np.mean(shares) < 0.96
+
+
+def test_levelling_merges_what_cannot_be_told_apart_and_nothing_else():
+    n = np.full(10, 1000)
+    apart = np.arcsin(np.sqrt(np.linspace(0.1, 0.9, 10)))
+    np.testing.assert_allclose(stats.levelled(apart, n), apart)
+    rng = np.random.default_rng(0)
+    alike = rng.normal(0.8, 1 / np.sqrt(4000), 10)
+    np.testing.assert_allclose(stats.levelled(alike, n), alike.mean())
+    two = np.r_[alike[:5] - 0.3, alike[5:] + 0.3][rng.permutation(10)]
+    got = stats.levelled(two, n)
+    low = two < 0.8
+    np.testing.assert_allclose(got[low], two[low].mean())
+    np.testing.assert_allclose(got[~low], two[~low].mean())
+    weighted = stats.levelled(np.array([0.5, 0.51]), np.array([10, 30]))
+    np.testing.assert_allclose(weighted, (42 * 0.5 + 122 * 0.51) / 164)
+
+
+def test_bootstrap_of_the_mean_agrees_with_scipy():
+    from scipy.stats import bootstrap
+
+    rng, labels = np.random.default_rng(1), np.repeat([0, 1], 200)
+    right = rng.random(400) < np.array([0.4, 0.7])[labels]
+    row = stats.summary(outcomes(right, labels, 2), draws=4000).loc["mean"]
+    theirs = bootstrap(
+        (right[:200], right[200:]),
+        lambda a, b, axis: (a.mean(axis) + b.mean(axis)) / 2,
+        n_resamples=4000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    assert row["low"] == pytest.approx(theirs.low, abs=0.006)
+    assert row["high"] == pytest.approx(theirs.high, abs=0.006)
+
+
+def test_chance_to_be_the_weakest_is_that_of_two_beta_posteriors():
+    """P(X < Y) of two Beta distributions by numerical integration; the third class is out of reach."""
+    from scipy.integrate import quad
+    from scipy.stats import beta
+
+    labels = np.repeat([0, 1, 2], 50)
+    right = np.r_[np.arange(50) < 20, np.arange(50) < 24, np.arange(50) < 49]
+    x, y = beta(20.5, 30.5), beta(24.5, 26.5)
+    want = quad(lambda t: x.pdf(t) * y.sf(t), 0, 1)[0]
+    chance = stats.chance_weakest(outcomes(right, labels, 3))
+    assert chance["0"] == pytest.approx(want, abs=0.015)
+    assert chance["2"] == 0
+    assert chance.sum() == pytest.approx(1)
