@@ -194,3 +194,36 @@ def test_bad_input_is_refused_in_a_sentence(linear, images, labels, change, says
     given = {"x": images, "y": labels, "eps": 0.1, "step": 0.02, "steps": 2, **change}
     with pytest.raises(ValueError, match=says):
         pgd(linear(36, 2), **given)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("each", [False, True])
+def test_retiring_keeps_the_first_point_that_is_misclassified(curved, images, norm, each):
+    """Against a loop that attacks every image to the end and notes when it was first wrong."""
+    curved.eval()
+    labels = curved(images).argmax(1)
+    eps, steps = 0.06, 12
+    eps = torch.linspace(0.02, 0.08, 16, dtype=torch.float64) if each else eps
+    eps = eps * (4 if norm == "l2" else 1)
+    step = eps / 5
+    path = []
+
+    def seen(z, y):
+        path.append(z.argmax(1) != y)
+        return F.cross_entropy(z, y, reduction="none")
+
+    points = [
+        pgd(curved, images, labels, eps, step, s, norm, generator=generator(5)) for s in range(1, steps + 1)
+    ]  # the path: the same start, so the first s steps are the same
+    start = pgd(curved, images, labels, eps, 0 * step, 1, norm, generator=generator(5))
+    want = points[-1].clone()
+    done = torch.zeros(16, dtype=torch.bool)
+    for p in [start, *points[:-1]]:
+        wrong = (curved(p).argmax(1) != labels) & ~done
+        want[wrong], done = p[wrong], done | wrong
+    found = pgd(curved, images, labels, eps, step, steps, norm, loss=seen, generator=generator(5), retire=True)
+    assert 3 < done.sum() < 16
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+    assert len(path[0]) == 16 > len(path[-1])  # rows were dropped
+    with pytest.raises(ValueError, match="retire"):
+        pgd(curved, images, labels, 0.1, restarts=2, retire=True)

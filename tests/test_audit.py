@@ -33,6 +33,11 @@ def test_a_sound_model_passes_every_check(trained, digits):  # noqa: F811
         assert (table["verdict"] == "ok").all(), table
 
 
+class Pair(nn.Module):
+    def forward(self, x):
+        return x.flatten(1), x
+
+
 class Broken(nn.Module):
     """A network around another one, broken in one way."""
 
@@ -216,6 +221,7 @@ def case(name):
         "not images": (net, x.flatten(1), y, names, {}, "images of shape"),
         "counts": (net, x, y[:9], names, {}, "20 images and 9 labels"),
         "features": (net[1][0], x, y, names, {}, r"logits of shape \(images, classes\)"),
+        "pair": (Pair(), x, y, names, {}, "returns a tuple"),
         "radius": (net, x, y, names, {"eps": 8}, "8/255"),
         "norm": (net, x, y, names, {"norm": "l1"}, "linf"),
         "half": (build("smallcnn", channels=1).half(), x, y, names, {}, "float32 or better"),
@@ -224,8 +230,23 @@ def case(name):
 
 @pytest.mark.parametrize(
     "name",
-    "wrong width,too many outputs,labels,non-finite,channels,0..255,empty class,single class,not images,counts,"
-    "features,radius,norm,half".split(","),
+    [
+        "wrong width",
+        "too many outputs",
+        "labels",
+        "non-finite",
+        "channels",
+        "0..255",
+        "empty class",
+        "single class",
+        "not images",
+        "counts",
+        "features",
+        "pair",
+        "radius",
+        "norm",
+        "half",
+    ],
 )
 def test_bad_input_is_refused_in_a_sentence(name, no_attack):
     model, x, y, names, more, said = case(name)

@@ -65,6 +65,8 @@ def predict(
     with evaluating(model), torch.no_grad():
         for i in range(0, len(labels), batch_size):
             logits = model(as_float(images[i : i + batch_size], tensor.dtype, tensor.device))
+            if not torch.is_tensor(logits):
+                raise ValueError(f"the model returns a {type(logits).__name__}: a tensor of logits is needed")
             if logits.ndim != 2 or len(logits) != len(images[i : i + batch_size]):
                 raise ValueError(
                     f"the model maps {len(images[i : i + batch_size])} images to {tuple(logits.shape)}: "

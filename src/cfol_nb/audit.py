@@ -306,22 +306,11 @@ class Audit:
             + (self.note and f" {self.note}")
         )
 
-    def figures(self) -> dict[str, plots.Figure]:
-        """Accuracies per class, accuracy by radius, confusion under attack, and the images that fall first."""
+    def first_to_fall(self) -> plots.Figure:
+        """The gallery as a figure."""
         (x, x_adv, index, predicted), names = self.gallery, self.outcomes.class_names
-        weakest = str(self.table()["class"][0])
-        return {
-            "Accuracy of each class": plots.class_accuracies({"all classes": self.outcomes}),
-            "How accuracy falls with the radius": plots.radii(self.radii, weakest),
-            "What the attack turns a class into": plots.confusion(stats.confusion(self.outcomes), names),
-            "The images that fall first": plots.gallery(
-                x,
-                x_adv,
-                [names[i] for i in self.outcomes.labels[index]],
-                [names[i] for i in predicted],
-                self.first[index],
-            ),
-        }
+        labels = [names[i] for i in self.outcomes.labels[index]]
+        return plots.gallery(x, x_adv, labels, [names[i] for i in predicted], self.first[index])
 
     def html(self, path: Path) -> Path:
         """One page that needs nothing else and can be sent to somebody."""
@@ -331,8 +320,13 @@ class Audit:
             table[c] = [percent(100 * v) for v in table[c]]
         confused = self.confused()
         confused["share"] = [percent(100 * v) for v in confused["share"]]
-        pictures = []
-        for title, figure in self.figures().items():
+        names, pictures = self.outcomes.class_names, []
+        for title, figure in (
+            ("Accuracy of each class", plots.class_accuracies({"all classes": self.outcomes})),
+            ("How accuracy falls with the radius", plots.radii(self.radii, str(self.table()["class"][0]))),
+            ("What the attack turns a class into", plots.confusion(stats.confusion(self.outcomes), names)),
+            ("The images that fall first", self.first_to_fall()),
+        ):
             data = io.BytesIO()
             figure.savefig(data, format="png", dpi=110)
             plots.plt.close(figure)
