@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ def test_the_page_needs_nothing_else_and_escapes_names(found, tmp_path):
     assert page.count("data:image/png;base64,") == 4
     assert "&lt;a&gt; &amp; b" in page
     assert "<a>" not in page
-    assert "http" not in page
+    assert "http" not in re.sub('base64,[^"]*', "", page)
     assert "<script" not in page
     for name in found.outcomes.class_names:
         assert f"<td>{name}</td>" in page

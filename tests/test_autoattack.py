@@ -176,14 +176,13 @@ def test_apgd_raises_the_loss_beyond_pgd(trained, digits):
     model = trained[0]
     x, y = of_test(digits, 100)
     keep = []
-    batch = aa.Batch(model, x, y, None, 0.02, "linf", torch.Generator().manual_seed(0), lambda: None)
+    right = model(x).argmax(1) == y
+    batch = aa.Batch(model, x[right], y[right], None, 0.02, "linf", torch.Generator().manual_seed(0), lambda: None)
 
     def loss(z, y, _):
         keep.append(cross_entropy(z, y, reduction="none").detach())
         return cross_entropy(z, y, reduction="none")
 
-    right = model(x).argmax(1) == y
-    batch.x, batch.y = x[right], y[right]
     with torch.no_grad():
         found = aa.apgd(batch, loss)
     stay = (found == batch.x).flatten(1).all(1)
@@ -222,6 +221,7 @@ def test_as_strong_as_pyautoattack_image_by_image(trained, digits, norm):
 
 def test_the_model_and_the_randomness_of_others_stay_as_they_were(trained, digits, quick):
     model = trained[2].train()
+    model.zero_grad()
     x, y = of_test(digits, 12)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -311,6 +311,20 @@ def test_a_deadline_is_kept_inside_a_batch_and_what_is_known_stays(trained, digi
     assert next(now) == 152  # one look at the clock per iteration: it stopped at once
     assert 0 < e.described()["unfinished"] < 40
     assert (e.passed[e.broken_by < 0] >= 1).all()
+
+
+def test_what_an_unfinished_batch_has_broken_is_kept(trained, digits, monkeypatch):
+    x, y = of_test(digits, 40)
+    now = iter(range(10**6))
+    monkeypatch.setattr(aa.time, "monotonic", lambda: next(now))
+    e = Evaluation(trained[0], x, y, STANDARD, deadline=30)  # in the middle of the first batch
+    with pytest.raises(TimeUp):
+        e.run()
+    assert not e.passed.any()
+    assert 0 < (e.broken_by == 1).sum() < 40
+    e.deadline = float("inf")
+    monkeypatch.setattr(aa, "square", lambda batch: None)
+    assert e.run().finished.all()
 
 
 def test_progress_rises_to_one(trained, digits, quick):

@@ -49,6 +49,9 @@ class Batch:
     generator: torch.Generator
     tick: Callable[[], None]  # called in every iteration; may raise TimeUp
 
+    def __post_init__(self):
+        self.found = self.x.clone()  # misclassified points, from the moment they are met
+
 
 class _Rows(SimpleNamespace):
     """Tensors with one row per image that is still attacked."""
@@ -132,7 +135,7 @@ def apgd(batch: Batch, loss: Callable[[Tensor, Tensor, Tensor], Tensor], iterati
         noise = torch.randn(x.shape, generator=g, dtype=x.dtype, device=x.device)
         noise = noise / _norm(noise)
     a = (x + eps * noise).clamp(0, 1)
-    found = x.clone()
+    found = batch.found
     r = _Rows(batch, a=a, before=a, step=torch.full((len(x),), 2 * eps, dtype=x.dtype, device=x.device))
     if norm == "linf":
         r.low, r.high = (x - eps).clamp_(0, 1), (x + eps).clamp_(0, 1)
@@ -219,7 +222,7 @@ def fab(batch: Batch, iterations: int = ITERATIONS) -> Tensor:
 
     Returns (n, C, H, W): misclassified points within eps where some were met, else the images themselves.
     """
-    found, norm = batch.x.clone(), batch.norm
+    found, norm = batch.found, batch.norm
     r = _Rows(batch, a=batch.x)
 
     for i in range(1, iterations + 1):
@@ -274,7 +277,7 @@ def square(batch: Batch, queries: int = QUERIES) -> Tensor:
     """
     x, eps, norm, g = batch.x, batch.eps, batch.norm, batch.generator
     n, c, h, w = x.shape
-    found = x.clone()
+    found = batch.found
 
     def signs(*shape: int) -> Tensor:
         return torch.randint(0, 2, shape, generator=g, device=x.device).to(x.dtype) * 2 - 1
@@ -462,11 +465,13 @@ class Evaluation:
         with evaluating(self.model), torch.no_grad():
             for number, batch in self._pending(index, len(self.rounds) if upto is None else upto):
                 start = time.perf_counter()
-                self._attack(number, batch)
-                self.seconds += time.perf_counter() - start
-                if self.state:
-                    tensors = {k: getattr(self, k) for k in ("prediction", "broken_by", "passed")}
-                    write_tensors(self.state, tensors, {"seconds": self.seconds})
+                try:
+                    self._attack(number, batch)
+                finally:
+                    self.seconds += time.perf_counter() - start
+                    if self.state:
+                        tensors = {k: getattr(self, k) for k in ("prediction", "broken_by", "passed")}
+                        write_tensors(self.state, tensors, {"seconds": self.seconds})
         return self
 
     def _pending(self, index: Tensor, upto: int) -> Iterator[tuple[int, Tensor]]:
@@ -496,15 +501,22 @@ class Evaluation:
         word = f"{self.seed} {number} {int(index[0])}".encode()
         seed = int.from_bytes(hashlib.sha256(word).digest()[:7])
         generator = torch.Generator(device).manual_seed(seed)
-        points = now(Batch(self.net, x, y, target, self.spec.eps, self.spec.norm, generator, tick))
+        batch, stopped = Batch(self.net, x, y, target, self.spec.eps, self.spec.norm, generator, tick), None
+        try:
+            now(batch)
+        except TimeUp as stop:
+            stopped = stop
+        points = batch.found
         size = _length(points - x, self.spec.norm)
         predicted = self.model(points).argmax(1)
         broken = ((predicted != y) & (size <= self.spec.eps * (1 + 1e-5) + 1e-6)).cpu()
         self.prediction[index[broken]] = predicted.cpu()[broken]
         self.broken_by[index[broken]] = self.attacks.index(now.attack) + 1
-        self.passed[index] = number + 1
         if self.points is not None:
             self.points[index[broken]] = points.cpu()[broken].to(self.points)
+        if stopped:
+            raise stopped
+        self.passed[index] = number + 1
 
     def predictions(self) -> dict[str, np.ndarray]:
         """attack -> (N,) int64: what the model says after that attack and those before it."""
