@@ -68,11 +68,11 @@ def class_accuracies(
         worst = int(robust.argmin())
         ax.annotate(
             f"{100 * robust[worst]:.0f} %",
-            (low[worst], rows[worst]),
-            xytext=(-6, 0),
+            (low[worst] if low[worst] > 0.12 else high[worst], rows[worst]),  # beside the bar, where there is room
+            xytext=(-6 if low[worst] > 0.12 else 6, 0),
             textcoords="offset points",
             va="center",
-            ha="right",
+            ha="right" if low[worst] > 0.12 else "left",
             color=ROBUST,
             fontweight="bold",
         )
