@@ -164,6 +164,9 @@ def test_a_time_limit_leaves_an_honest_outcome_and_the_same_call_goes_on(trained
     assert "upper bounds" in part.verdict()
     assert part.outcomes.attacks["autoattack"]["unfinished"] == part.unfinished.sum()
     assert (stats.accuracies(part.outcomes) >= stats.accuracies(whole.outcomes)).all()
+    held, by_pgd = part.outcomes.correct("autoattack"), part.outcomes.correct("pgd20")
+    assert not (held & ~by_pgd).any()  # what PGD-20 broke is known to be broken, also where AutoAttack did not come to
+    assert part.broken_by()["held"].sum() == held.sum()
     monkeypatch.setattr(aa.Evaluation, "_attack", original)
     again = audit(trained[0], x, y, eps=0.1, batch_size=30, folder=tmp_path)
     np.testing.assert_array_equal(again.outcomes.predictions["autoattack"], whole.outcomes.predictions["autoattack"])

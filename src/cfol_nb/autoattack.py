@@ -170,16 +170,13 @@ def apgd(batch: Batch, loss: Callable[[Tensor, Tensor, Tensor], Tensor], iterati
         better = r.value > r.top
         r.top = torch.where(better, r.value, r.top)
         r.top_a, r.top_grad = (torch.where(_wide(better, x), n, o) for n, o in ((r.a, r.top_a), (r.grad, r.top_grad)))
+        point = r.a
         if i in checkpoints:  # "<=" as in the authors' code; the paper has "<"
             halve = (r.rises <= 0.75 * (i - last)) | (~r.halved & (r.top_then >= r.top))
             r.step = torch.where(halve, r.step / 2, r.step)
-            hit = wrong
-            point = r.a
             r.a, r.grad = (torch.where(_wide(halve, x), n, o) for n, o in ((r.top_a, r.a), (r.top_grad, r.grad)))
             r.halved, r.top_then, r.rises, last = halve, r.top, torch.zeros_like(r.rises), i
-        else:
-            hit, point = wrong, r.a
-        if r.retire(hit, point, found, _every(x), i):
+        if r.retire(wrong, point, found, _every(x), i):
             break
     return found
 
