@@ -259,7 +259,7 @@ class Audit:
         names = ["clean", *(n for n in self.outcomes.predictions if n.startswith("autoattack"))]
         held = np.stack([stats.counts(self.outcomes, n)[0] for n in names])
         n = stats.counts(self.outcomes, "clean")[1]
-        names[-1] = self.outcomes.attacks["autoattack"]["attacks"][-1] + " or pgd20" * self.unfinished.any()
+        names[-1] = self.outcomes.attacks["autoattack"]["attacks"][-1] + " or pgd20" * bool(self.unfinished.any())
         columns = [n.removeprefix("autoattack:") for n in names]
         lost = pd.DataFrame((-np.diff(np.vstack([n, held]), axis=0)).T, self.outcomes.class_names, columns)
         return lost.assign(held=held[-1])

@@ -116,11 +116,13 @@ class Imbalance(_Strict):
 
 
 class Schedule(_Strict):
-    """Learning rate over the run: 'onecycle' (up for 30 %, down to zero), 'cosine', 'step' (x factor at milestones)."""
+    """Learning rate over the run: 'onecycle' (up for 30 %, down to zero), 'cosine', 'step' (x factor at milestones),
+    'cyclic' (triangles from zero up to the peak and down again, Smith 2017)."""
 
-    name: Literal["onecycle", "cosine", "step"]
+    name: Literal["onecycle", "cosine", "step", "cyclic"]
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)  # fractions of the run
     factor: float = Field(0.1, gt=0)
+    cycles: int = Field(3, ge=1)
 
     def __call__(self, progress: float) -> float:
         """Factor on the peak learning rate when `progress` in [0, 1) of the run is done."""
@@ -130,6 +132,8 @@ class Schedule(_Strict):
             import math
 
             return 0.5 * (1 + math.cos(math.pi * progress))
+        if self.name == "cyclic":
+            return 1 - abs(2 * (progress * self.cycles % 1) - 1)
         return self.factor ** sum(progress >= m for m in self.milestones)
 
 
@@ -154,12 +158,18 @@ class RunConfig(_Strict):
     train_limit: int | None = Field(None, ge=1, description="images per class, before the hold-out is taken")
     test_limit: int | None = Field(None, ge=1, description="test images per class")
     imbalance: Imbalance | None = None
+    without: tuple[str, ...] = Field((), description="names of classes that are left out, in training and test")
     crop: int | None = Field(None, ge=0, description="random crop after padding by so many pixels; None: data set's")
     flip: bool | None = Field(None, description="random horizontal flip; None: data set's")
     # what is trained
     model: Spec
     objective: Spec = Field(default_factory=lambda: {"name": "at"})
     method: Spec = Field(default_factory=lambda: {"name": "erm"})
+    # what it starts from
+    parent: RunConfig | None = Field(None, description="a run whose last weights this one starts from, or uses")
+    remake: Spec | None = Field(
+        None, description="replace the training images by ones with the parent's features: see cfol_nb.features"
+    )
     # training attack
     norm: Literal["linf", "l2"] = "linf"
     eps: float = Field(description="radius in the unit of images in [0, 1]")
@@ -169,7 +179,8 @@ class RunConfig(_Strict):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     lr: float = Field(gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1, description="Adam's first beta")
     weight_decay: float = Field(5e-4, ge=0)
     schedule: Annotated[Schedule, BeforeValidator(_spec)] = Schedule(name="onecycle")
     dtype: Literal["float64", "float32", "bfloat16"]
@@ -211,6 +222,10 @@ class RunConfig(_Strict):
         check_radius(self.eps, self.norm)
         if "clean" in self.attacks:
             raise ValueError("the attack name 'clean' is taken: clean images are always evaluated")
+        if self.remake is not None and self.parent is None:
+            raise ValueError("remake needs a parent: the run whose features the images shall have")
+        if self.parent and self.remake is None and self.parent.model != self.model:
+            raise ValueError(f"the parent is a {self.parent.model}, this run a {self.model}: its weights do not fit")
         return self
 
     def key(self) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +132,21 @@ def long_tail(images: ImageSet, kind: str, factor: float, seed: int = 0) -> Imag
         return min(n, max(1, int(top * share)))
 
     return images[_per_class(images.labels, keep, seed)[0]]
+
+
+def leave_out(images: ImageSet, names: Sequence[str]) -> ImageSet:
+    """The images of the other classes, which keep their order. Raises ValueError for an unknown class."""
+    for name in names:
+        choose("class", name, images.class_names)
+    kept = [c for c, name in enumerate(images.class_names) if name not in names]
+    if len(kept) < 2:
+        raise ValueError(f"without {', '.join(names)} fewer than 2 classes are left")
+    if len(kept) == len(images.class_names):
+        return images
+    label = torch.full((len(images.class_names),), -1)
+    label[kept] = torch.arange(len(kept))
+    y = label[images.labels]
+    return ImageSet(images.images[y >= 0], y[y >= 0], tuple(images.class_names[c] for c in kept))
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -381,6 +396,8 @@ def prepare(config: RunConfig) -> tuple[ImageSet, ImageSet, DataSet]:
     if config.imbalance:
         train = long_tail(train, config.imbalance.kind, config.imbalance.factor, config.split_seed)
     test = limit(data.test, config.test_limit, config.split_seed)
+    # last, so that the other classes have the same images with and without a class
+    train, held, test = (leave_out(part, config.without) for part in (train, held, test))
     crop = data.crop if config.crop is None else config.crop
     flip = data.flip if config.flip is None else config.flip
     return train, held, DataSet(data.name, train, test, crop, flip)
@@ -417,6 +434,7 @@ __all__ = [
     "ImageSet",
     "augment",
     "fingerprint",
+    "leave_out",
     "limit",
     "load",
     "long_tail",

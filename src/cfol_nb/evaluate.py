@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -53,6 +55,29 @@ class Outcomes:
             {k: tensors[f"prediction.{k}"].numpy() for k in ("clean", *meta["order"])},
             tuple(meta["class_names"]),
             {k: meta["attacks"][k] for k in meta["order"]},
+        )
+
+    def packed(self) -> dict:
+        """All of it as JSON: labels and predictions are compressed bytes as text, small enough to publish."""
+
+        def text(values: np.ndarray) -> str:
+            return base64.b64encode(zlib.compress(values.astype("<u2").tobytes(), 9)).decode()
+
+        predictions = {k: text(v) for k, v in self.predictions.items()}
+        return {"labels": text(self.labels), "predictions": predictions, **self.meta()}
+
+    @classmethod
+    def unpacked(cls, packed: dict) -> Outcomes:
+        """What `packed` made."""
+
+        def values(text: str) -> np.ndarray:
+            return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u2").astype(np.int64)
+
+        return cls(
+            values(packed["labels"]),
+            {k: values(packed["predictions"][k]) for k in ("clean", *packed["order"])},
+            tuple(packed["class_names"]),
+            {k: packed["attacks"][k] for k in packed["order"]},
         )
 
     def meta(self) -> dict:

@@ -210,3 +210,111 @@ def gallery(x, x_adv, names: Sequence[str], predicted: Sequence[str], radius: np
     for ax, label in zip(axes[:, 0], ("clean", "perturbation", "adversarial"), strict=True):
         ax.set_ylabel(label, fontsize=10)
     return fig
+
+
+def deviations(groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str | None = None) -> Figure:
+    """One panel per group: how far each class lies from the mean (Benz et al. 2021), with a bootstrap over runs' means.
+
+    Classes stand in the order of the last group, its weakest at the bottom; the bar is Wilson's 95 % interval for the
+    test images of the class. The weakest class of each panel is in colour, and the title gives the worst deviation and
+    the gap between best and worst class, in points.
+    """
+    groups = {k: _listed(v) for k, v in groups.items()}
+    seen = {k: np.mean([accuracies(o, attack) for o in v], 0) for k, v in groups.items()}
+    order = np.argsort(list(seen.values())[-1])
+    several = next(iter(groups.values()))
+    names, n = np.array(several[0].class_names)[order], class_table(several[0], attack)["n"].to_numpy()[order]
+    fig, axes = plt.subplots(
+        1,
+        len(groups),
+        figsize=(1 + 3.1 * len(groups), max(3.2, 0.3 * len(names))),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    rows = np.arange(len(order))
+    for ax, (label, accuracy) in zip(axes[0], seen.items(), strict=True):
+        accuracy = accuracy[order]
+        mean = accuracy.mean()
+        low, high = np.array([wilson(round(a * m), m) for a, m in zip(accuracy, n, strict=True)]).T
+        worst = accuracy.argmin()
+        colours = [ROBUST if i == worst else "#8494a4" for i in rows]
+        ax.barh(rows, 100 * (accuracy - mean), color=colours, height=0.65)
+        bars = 100 * np.abs([np.minimum(low - accuracy, 0), np.maximum(high - accuracy, 0)])
+        ax.errorbar(100 * (accuracy - mean), rows, xerr=bars, fmt="none", ecolor="#333333", elinewidth=1)
+        ax.axvline(0, color="#444444", lw=1)
+        gap = 100 * (accuracy.max() - accuracy.min())
+        ax.set_title(
+            f"{label}, mean {100 * mean:.0f} %\nworst {100 * (accuracy[worst] - mean):+.0f}, gap {gap:.0f} points",
+            fontsize=10,
+            loc="left",
+        )
+        ax.grid(axis="y", visible=False)
+    axes[0, 0].set_yticks(rows, names)
+    axes[0, 0].set_ylabel("class")
+    fig.supxlabel("accuracy of the class minus the mean, in points", fontsize=11)
+    return fig
+
+
+def cosine_matrix(pairs: pd.DataFrame) -> Figure:
+    """`stats.cosines` as a matrix; in brackets what a permutation of the classes exceeds more than once in twenty."""
+    names = list(dict.fromkeys([*pairs["a"], *pairs["b"]]))
+    where = {name: i for i, name in enumerate(names)}
+    value, text = np.full((len(names),) * 2, np.nan), np.full((len(names),) * 2, "", dtype=object)
+    for p in pairs.itertuples():
+        value[where[p.b], where[p.a]] = p.cosine
+        shown = f"{p.cosine:.2f}" if p.p <= 0.05 else f"({p.cosine:.2f})"
+        text[where[p.b], where[p.a]] = f"{shown}\n{p.low:.2f} … {p.high:.2f}"
+    side = 1.15 * len(names)
+    fig, ax = plt.subplots(figsize=(side + 1.6, 0.75 * side + 0.6))
+    sns.heatmap(
+        value[1:, :-1],
+        annot=text[1:, :-1],
+        fmt="",
+        vmin=-1,
+        vmax=1,
+        cmap="vlag",
+        xticklabels=names[:-1],
+        yticklabels=names[1:],
+        annot_kws={"fontsize": 9},
+        cbar_kws={"label": "cosine of deviations"},
+        ax=ax,
+    )
+    ax.tick_params(axis="y", rotation=0)
+    ax.grid(False)
+    return fig
+
+
+def curves(accuracy: pd.DataFrame) -> Figure:
+    """Class accuracies (columns) by epoch (index): the class that is weakest at the end in colour, the mean dashed, and
+    the worst class of each epoch as a line of points."""
+    fig, ax = plt.subplots(figsize=(7, 3.8))
+    last = accuracy.iloc[-1].idxmin()
+    for name in accuracy.columns:
+        ax.plot(accuracy.index, accuracy[name], color="#d3d8de", lw=1, zorder=1)
+    ax.plot(accuracy.index, accuracy[last], color=ROBUST, lw=2, label=f"{last}, weakest at the end", zorder=3)
+    ax.plot(accuracy.index, accuracy.min(axis=1), "k.", ms=5, label="worst class of the epoch", zorder=4)
+    ax.plot(accuracy.index, accuracy.mean(axis=1), color="#444444", ls="--", lw=1.6, label="mean of classes", zorder=2)
+    ax.set(xlabel="epoch", ylabel="accuracy, held out", ylim=(0, 1.02), xlim=(accuracy.index[0], accuracy.index[-1]))
+    ax.legend(frameon=True, fontsize=9)
+    return fig
+
+
+def explanations(panels: Mapping[str, pd.DataFrame]) -> Figure:
+    """Small multiples: in each, what may explain (first column) against what is to be explained (second column).
+
+    A point is a row, named by the index if there are at most twelve; the title gives Spearman's rank correlation.
+    """
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels), 3.4), squeeze=False)
+    for ax, (label, table) in zip(axes[0], panels.items(), strict=True):
+        x, y = table.columns[:2]
+        ax.plot(table[x], table[y], "o", color="#8494a4", ms=5, alpha=0.8)
+        if len(table) <= 12:
+            for name, row in table.iterrows():
+                ax.annotate(str(name), (row[x], row[y]), xytext=(4, 3), textcoords="offset points", fontsize=9)
+        ax.set(xlabel=x, ylabel=y)
+        ax.set_title(
+            f"{label}\nrank correlation {table[x].corr(table[y], method='spearman'):+.2f}", fontsize=10, loc="left"
+        )
+        ax.margins(0.12)
+    return fig

@@ -34,6 +34,7 @@ from torch import nn
 from cfol_nb.config import RunConfig
 from cfol_nb.data import fingerprint, prepare
 from cfol_nb.evaluate import Outcomes, evaluate
+from cfol_nb.features import REMAKES
 from cfol_nb.files import (
     CHECKOUT,
     ROOT,
@@ -115,16 +116,18 @@ class Run:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The configuration with its device decided."""
+    """The configuration, and that of its parent, with the device decided."""
+    update: dict = {"parent": resolve(config.parent)} if config.parent else {}
     if config.device == "auto":
-        return config.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
-    return config
+        update["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    return config.model_copy(update=update)
 
 
 def folder_of(config: RunConfig) -> Path:
     """Where the run of a configuration lies: its hash, which for a folder of images includes the folder's state."""
     config = resolve(config)
-    key = hashlib.sha256((config.key() + fingerprint(config.dataset)).encode()).hexdigest()[:16]
+    state = fingerprint(config.dataset) + (folder_of(config.parent).name if config.parent else "")
+    key = hashlib.sha256((config.key() + state).encode()).hexdigest()[:16]
     words = (Path(config.dataset).name, config.objective["name"], config.method["name"], f"s{config.seed}", key)
     return runs_dir() / "store" / "-".join(words)
 
@@ -240,6 +243,10 @@ class _Progress:
 def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Callable[[int, int], None]) -> None:
     origin = provenance(config.device)
     train_images, held, data = prepare(config)
+    parent = Run.load(folder_of(config.parent)).model("last").to(config.device) if config.parent else None
+    if config.remake:
+        own = {k: v for k, v in config.remake.items() if k != "name"}
+        train_images = REMAKES[config.remake["name"]](parent, train_images, seed=config.seed, **own)
     checkpoint = folder / "checkpoint.safetensors"
     trained = train(
         config,
@@ -250,6 +257,7 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
         progress=report,
+        initial=parent.state_dict() if parent is not None and not config.remake else None,
     )
     start = time.perf_counter()
     model, found = new_model(config, train_images).to(config.device), {}
@@ -364,10 +372,12 @@ def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, c
     configs = [resolve(c) for c in configs]
     for config in configs:
         check(config)
+    if parents := [c.parent for c in configs if c.parent and not whole(folder_of(c))]:
+        compute(parents, executor, checkpoint_every=checkpoint_every)
     folders = {c.key(): folder_of(c) for c in configs}
     missing = {k: c for c in configs if not whole(folders[k := c.key()])}
-    data = ("dataset", "image_size", "split_seed", "holdout", "train_limit", "test_limit", "imbalance", "batch_size")
-    for config in {str([getattr(c, f) for f in data]): c for c in missing.values()}.values():
+    data = ("dataset", "image_size", "split_seed", "holdout", "train_limit", "test_limit", "imbalance", "without")
+    for config in {str([getattr(c, f) for f in (*data, "batch_size")]): c for c in missing.values()}.values():
         images, _, _ = prepare(config)  # refuse bad data now, and decode once, not in every process
         if config.batch_size > len(images):
             raise ValueError(

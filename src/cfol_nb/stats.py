@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -73,6 +74,7 @@ STATISTICS = {
     "worst": lambda a: np.min(a, -1),
     "gap": lambda a: np.max(a, -1) - np.min(a, -1),
     "std": lambda a: np.std(a, -1),  # between classes, population form
+    "deviation": lambda a: np.min(a, -1) - np.mean(a, -1),  # Benz et al.'s worst negative deviation
 }
 
 
@@ -81,11 +83,12 @@ def deviation(accuracy: np.ndarray) -> np.ndarray:
     return accuracy - np.mean(accuracy, -1, keepdims=True)
 
 
-def deviation_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Cosine between two deviation vectors: Pearson's correlation of the class accuracies (Benz et al. 2021)."""
+def deviation_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine between two deviation vectors (last axis), which is Pearson's correlation of the class accuracies (Benz et
+    al. 2021); NaN where one has equal accuracies, and so no direction."""
     a, b = deviation(np.asarray(a, float)), deviation(np.asarray(b, float))
-    size = np.linalg.norm(a), np.linalg.norm(b)
-    return float(a @ b / np.prod(size)) if min(size) > 1e-12 else np.nan  # equal accuracies have no direction
+    size = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
+    return np.where(np.minimum(*size) > 1e-12, (a * b).sum(-1) / np.multiply(*size).clip(1e-24), np.nan)[()]
 
 
 def confusion(outcomes: Outcomes, attack: str | None = None) -> np.ndarray:
@@ -95,11 +98,30 @@ def confusion(outcomes: Outcomes, attack: str | None = None) -> np.ndarray:
     return np.bincount(outcomes.labels * k + predicted, minlength=k * k).reshape(k, k)
 
 
+def mantel(a: np.ndarray, b: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """(r, p): correlation of the off-diagonal entries of two (K, K) matrices over classes, and the share of random
+    relabellings of one of them that correlate as highly (Mantel 1967). mantel(c, c.T) is the symmetry of a matrix c."""
+    k, rng = len(a), np.random.default_rng(seed)
+    off = ~np.eye(k, dtype=bool)
+    x = np.asarray(a, float)[off]
+    orders = [np.arange(k), *(rng.permutation(k) for _ in range(draws))]
+    r = np.array([np.corrcoef(x, np.asarray(b, float)[np.ix_(o, o)][off])[0, 1] for o in orders])
+    return float(r[0]), float(np.mean(r >= r[0] - 1e-12))  # the given order is one of the draws, so p is never 0
+
+
 # -- several seeds -----------------------------------------------------------------------------------------------------
 
 
 def _listed(outcomes: Outcomes | Sequence[Outcomes]) -> list[Outcomes]:
     return [outcomes] if isinstance(outcomes, Outcomes) else list(outcomes)
+
+
+def view(outcomes: Outcomes | Sequence[Outcomes], attack: str) -> list[Outcomes]:
+    """The same outcomes with this attack as their last one, named "view": to compare one attack with another."""
+    return [
+        Outcomes(o.labels, {"clean": o.predictions["clean"], "view": o.predictions[attack]}, o.class_names)
+        for o in _listed(outcomes)
+    ]
 
 
 def _same_images(several: Sequence[Outcomes]) -> None:
@@ -207,8 +229,9 @@ def summary(
 ) -> pd.DataFrame:
     """One row per statistic over one or more runs on the same test images: value, low, high, bias, seeds.
 
-    Rows: mean, tail (worst 20 % of classes), worst, gap, std, each computed per run and then averaged over runs, so
-    that "worst" is *the mean of the per-seed minima*; and "worst_of_mean", *the minimum of the seed averages*.
+    Rows: mean, tail (worst 20 % of classes), worst, gap, std, deviation (worst minus mean), each computed per run and
+    then averaged over runs, so that "worst" is *the mean of the per-seed minima*; and "worst_of_mean", *the minimum of
+    the seed averages*.
     versus: other runs on the same images; the rows are then differences, run by run (as many runs are needed), and
     their intervals are the narrower ones of a paired comparison.
 
@@ -238,6 +261,44 @@ def summary(
         for name, p in table.items()
     ]
     return pd.DataFrame(rows, columns=["statistic", "value", "low", "high", "bias", "seeds"]).set_index("statistic")
+
+
+def cosines(
+    groups: Mapping[str, Outcomes | Sequence[Outcomes]],
+    attack: str | None = None,
+    *,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """One row per pair of groups: a, b, cosine, low, high, chance, p.
+
+    cosine: between the deviations from the mean of class accuracies, averaged over the runs of a group (Benz et al.
+    2021, whose measure is Pearson's correlation over classes). low, high: bootstrap over images (alike in all groups)
+    and runs, on Fisher's scale, taken from the errors that resampling makes: noise in class accuracies lowers a cosine.
+    chance: the value that one permutation of the classes in twenty exceeds; p: the share of permutations that come as
+    high. All groups need the same test images.
+    """
+    groups = {k: _listed(v) for k, v in groups.items()}
+    every, rng = [o for several in groups.values() for o in several], np.random.default_rng(seed)
+    _same_images(every)
+    attack = attack or last_attack(every[0])
+    sampled, start, seen, drawn = _resampled(every, attack, draws, rng), 0, {}, {}
+    for label, several in groups.items():
+        runs = start + rng.integers(len(several), size=(draws, len(several), 1))
+        seen[label] = np.mean([accuracies(o, attack) for o in several], 0)
+        drawn[label] = np.take_along_axis(sampled, runs, 1).mean(1)
+        start += len(several)
+
+    shuffled, rows = rng.permuted(np.tile(np.arange(sampled.shape[2]), (10_000, 1)), axis=1), []
+    tails = [(1 + confidence) / 2, (1 - confidence) / 2]
+    for a, b in itertools.combinations(groups, 2):
+        value, by_chance = float(deviation_cosine(seen[a], seen[b])), deviation_cosine(seen[a], seen[b][shuffled])
+        z, errors = np.arctanh(np.clip(value, -1 + 1e-9, 1 - 1e-9)), np.arctanh(deviation_cosine(drawn[a], drawn[b]))
+        low, high = np.tanh(2 * z - np.quantile(errors, tails))
+        p = (1 + np.sum(by_chance >= value - 1e-12)) / (1 + len(by_chance))
+        rows.append((a, b, value, low, high, float(np.quantile(by_chance, confidence)), p))
+    return pd.DataFrame(rows, columns=["a", "b", "cosine", "low", "high", "chance", "p"])
 
 
 def chance_weakest(

@@ -12,6 +12,7 @@ import torch
 
 from cfol_nb.config import RunConfig
 from cfol_nb.data import prepare
+from cfol_nb.evaluate import Outcomes
 from cfol_nb.files import ROOT, read_json, write_json
 from cfol_nb.runs import Run, RunsFailed, _Progress, compute, folder_of, resolve, threads, whole
 from cfol_nb.train import check, train
@@ -68,19 +69,32 @@ def estimate(config: RunConfig, steps: int = 8) -> float:
 
 
 def publish(run: Run, results: Path) -> Path:
-    """`results/NAME.json`: configuration, provenance, seconds per epoch, and integer counts per class."""
+    """`results/NAME.json`: configuration, provenance, seconds per epoch, history, integer counts per class, and the
+    predictions on every test image, from which `published` makes every statistic and comparison anew."""
     stored = read_json(run.folder / "run.json")
     path = results / f"{run.folder.name}.json"
     seconds = run.provenance["seconds"]["training"]
     write_json(
         path,
         {
-            **{k: stored[k] for k in ("config", "classes", "n", "correct", "selected_epoch")},
+            **{k: stored[k] for k in ("config", "classes", "n", "correct", "selected_epoch", "history")},
+            "outcomes": {which: outcomes.packed() for which, outcomes in run.outcomes.items()},
             "provenance": run.provenance,
             "seconds_per_epoch": round(seconds / run.config.epochs, 3),
         },
     )
     return path
+
+
+def published(results: Path | None = None) -> list[Run]:
+    """The published runs, as `compute` gives runs, without weights; results: a folder, by default results/."""
+    out = []
+    for path in sorted((results or ROOT / "results").glob("*.json")):
+        kept = read_json(path)
+        outcomes = {which: Outcomes.unpacked(packed) for which, packed in kept["outcomes"].items()}
+        config = RunConfig.model_validate(kept["config"])
+        out.append(Run(config, path, kept["history"], kept["selected_epoch"], outcomes, kept["provenance"]))
+    return out
 
 
 def suite(

@@ -21,6 +21,7 @@ from cfol_nb.config import RunConfig, options
 from cfol_nb.data import ImageSet
 from cfol_nb.engine import choose_engine, make_step
 from cfol_nb.evaluate import Outcomes, evaluate
+from cfol_nb.features import REMAKES
 from cfol_nb.files import Corrupt, code_hash, read_tensors, write_tensors
 from cfol_nb.methods import METHODS, Method
 from cfol_nb.models import build
@@ -34,6 +35,8 @@ def check(config: RunConfig) -> None:
     METHODS[config.method["name"]](torch.arange(2), 2, examples=1, **own)  # refuses values that it cannot take
     own = options("objective", config.objective, OBJECTIVES)
     OBJECTIVES[config.objective["name"]](**own)
+    if config.remake is not None:
+        options("remake", config.remake, REMAKES, given=("model", "images", "seed"))
     with torch.device("meta"):  # takes no memory and no time
         build(num_classes=2, channels=3, **config.model)
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -163,9 +166,11 @@ def train(
     checkpoint: Path | None = None,
     checkpoint_every: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    initial: dict[str, Tensor] | None = None,
 ) -> Trained:
     """Train on `images`, select on `held`.
 
+    initial: weights to start from, instead of new ones from the run's seed.
     checkpoint: a file that is written every `checkpoint_every` epochs (0: never) and when the run is stopped, and from
     which it goes on if it is there. progress: called with (steps done, steps in all).
     Raises Stopped after Ctrl-C or SIGTERM, Corrupt for a damaged or foreign checkpoint, FloatingPointError if the loss
@@ -174,10 +179,18 @@ def train(
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     # the global generators only serve layers that draw, such as dropout; cuDNN must repeat itself
     with _seeded(config.seed, device), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        return _train(config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress)
+        return _train(config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress, initial)
 
 
-def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress) -> Trained:
+def _optimizer(config: RunConfig, parameters, rate, graphed: bool) -> torch.optim.Optimizer:
+    decay, fused = config.weight_decay, graphed or None
+    if config.optimizer == "adam":
+        betas = (config.momentum, 0.999)
+        return torch.optim.Adam(parameters, rate, betas, weight_decay=decay, fused=fused, capturable=graphed)
+    return torch.optim.SGD(parameters, rate, config.momentum, weight_decay=decay, fused=fused)
+
+
+def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress, initial) -> Trained:
     check(config)
     batch, n = config.batch_size, len(images)
     per_epoch = n // batch  # full batches only: shapes never change
@@ -186,6 +199,8 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
     total, k = per_epoch * config.epochs, len(images.class_names)
 
     model = new_model(config, images).to(device)
+    if initial is not None:
+        model.load_state_dict(initial)
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     objective = OBJECTIVES[config.objective["name"]](**options("objective", config.objective, OBJECTIVES))
     method: Method = METHODS[config.method["name"]](
@@ -194,9 +209,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
     engine = choose_engine(config, device)
     graphed = engine == "graph"  # whose learning rate must lie on the device
     rate = torch.tensor(config.lr, device=device) if graphed else config.lr
-    optimizer = torch.optim.SGD(
-        model.parameters(), rate, config.momentum, weight_decay=config.weight_decay, fused=graphed or None
-    )
+    optimizer = _optimizer(config, model.parameters(), rate, graphed)
     generator = torch.Generator(device).manual_seed(config.seed)
     pixels, labels = images.images.to(device), images.labels.to(device)
     low_precision = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
