@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,12 +46,23 @@ def test_publishes_integer_counts_and_goes_on_where_it_stopped(tmp_path):
     assert len(said) == 3
     for run in both:
         kept = json.loads((tmp_path / f"{run.folder.name}.json").read_text())
-        assert set(kept) == {"config", "classes", "n", "correct", "selected_epoch", "provenance", "seconds_per_epoch"}
+        stored = {"config", "classes", "n", "correct", "selected_epoch", "history"}
+        assert set(kept) == stored | {"outcomes", "provenance", "seconds_per_epoch"}
         assert set(kept["correct"]) == {"last", "selected", "ema"}
         assert kept["correct"]["ema"]["pgd20"] == [
             int((run.outcomes["ema"].correct("pgd20") & (run.outcomes["ema"].labels == c)).sum()) for c in range(10)
         ]
         assert kept["n"] == [6] * 10
+    again = {r.folder.stem: r for r in suite.published(tmp_path)}
+    assert len(again) == 2
+    for run in both:
+        twin = again[run.folder.name]
+        assert (twin.config, twin.history, twin.provenance) == (run.config, run.history, run.provenance)
+        for which, outcomes in run.outcomes.items():
+            assert twin.outcomes[which].attacks == outcomes.attacks
+            for attack, predictions in outcomes.predictions.items():
+                np.testing.assert_array_equal(twin.outcomes[which].predictions[attack], predictions)
+            np.testing.assert_array_equal(twin.outcomes[which].labels, outcomes.labels)
 
 
 def test_no_run_is_started_that_the_time_left_cannot_hold(tmp_path, monkeypatch):

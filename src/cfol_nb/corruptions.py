@@ -87,14 +87,18 @@ def fog(x: Tensor, severity: int, generator: torch.Generator | None = None) -> T
 
 
 def frost(x: Tensor, severity: int, generator: torch.Generator | None = None) -> Tensor:
-    """Weighted sum of the image and a texture of bluish white veins, drawn anew for every image.
+    """Weighted sum of the image and a texture of bluish white ridges, drawn anew for every image.
 
-    The weights are CIFAR10-C's, the texture is not: there it is a random crop of one of five photographs of frost.
+    The weights are those of CIFAR10-C, the texture is not: there it is a random crop of one of five photographs of
+    frost. Its brightness, 0.49 on average with a standard deviation of 0.29, is a choice and not measured on them:
+    results under this corruption cannot be compared with published ones.
     """
     image, ice = ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))[severity - 1]
-    # contour lines of rough clouds are thin and branched: bright where either of two clouds crosses a level
-    veins = torch.maximum(*(torch.cos(4 * torch.pi * plasma(x, 1.7, generator)).abs() for _ in range(2)))
-    return image * x + ice * veins
+    # a rough cloud crosses 1/2 along thin and branched lines; a higher power makes them darker away from the crest, so
+    # three powers are white there and blue between
+    ridges = torch.maximum(*(1 - (2 * plasma(x, 1.5, generator) - 1).abs() for _ in range(2)))
+    powers = x.new_tensor((5, 4, 3) if x.shape[1] == 3 else (4,)).view(-1, 1, 1)
+    return image * x + ice * ridges**powers
 
 
 @lru_cache(maxsize=64)

@@ -103,6 +103,20 @@ def smallcnn(num_classes: int, channels: int, width: int = 16) -> nn.Module:
     )
 
 
+@register("mlp")
+def mlp(num_classes: int, channels: int, width: int = 128) -> nn.Module:
+    """Two hidden linear layers, no convolution (26,000 parameters on digits); other sides become an 8x8 map first."""
+    return nn.Sequential(
+        _MapTo(8),
+        nn.Flatten(),
+        nn.Linear(64 * channels, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, num_classes),
+    )
+
+
 class _Basic(nn.Module):
     """Post-activation residual block (He et al. 2016a)."""
 

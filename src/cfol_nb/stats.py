@@ -271,13 +271,14 @@ def cosines(
     draws: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One row per pair of groups: a, b, cosine, low, high, chance, p.
+    """One row per pair of groups: a, b, cosine, corrected, low, high, chance, p.
 
     cosine: between the deviations from the mean of class accuracies, averaged over the runs of a group (Benz et al.
-    2021, whose measure is Pearson's correlation over classes). low, high: bootstrap over images (alike in all groups)
-    and runs, on Fisher's scale, taken from the errors that resampling makes: noise in class accuracies lowers a cosine.
-    chance: the value that one permutation of the classes in twenty exceeds; p: the share of permutations that come as
-    high. All groups need the same test images.
+    2021, whose measure is Pearson's correlation over classes). The noise of finite test sets draws it towards 0, or,
+    where it is shared, up; corrected: with the bootstrap's variances and covariances of that noise taken off, as in
+    Spearman's correction for attenuation (1904), NaN where nothing but noise is left. low, high: bootstrap over images
+    (alike in all groups) and runs, of the corrected value. chance: the cosine that one permutation of the classes in
+    twenty exceeds; p: the share of permutations that come as high. All groups need the same test images.
     """
     groups = {k: _listed(v) for k, v in groups.items()}
     every, rng = [o for several in groups.values() for o in several], np.random.default_rng(seed)
@@ -286,19 +287,28 @@ def cosines(
     sampled, start, seen, drawn = _resampled(every, attack, draws, rng), 0, {}, {}
     for label, several in groups.items():
         runs = start + rng.integers(len(several), size=(draws, len(several), 1))
-        seen[label] = np.mean([accuracies(o, attack) for o in several], 0)
-        drawn[label] = np.take_along_axis(sampled, runs, 1).mean(1)
+        seen[label] = deviation(np.mean([accuracies(o, attack) for o in several], 0))
+        drawn[label] = deviation(np.take_along_axis(sampled, runs, 1).mean(1))
         start += len(several)
+    noise = {k: v - v.mean(0) for k, v in drawn.items()}
+
+    def corrected(x: Mapping[str, np.ndarray], a: str, b: str, times: int) -> np.ndarray:
+        ab, aa, bb = (
+            (x[i] * x[j]).sum(-1) - times * (noise[i] * noise[j]).sum(-1).mean() for i, j in ((a, b), (a, a), (b, b))
+        )
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where((aa > 0) & (bb > 0), np.clip(ab / np.sqrt(aa * bb), -1, 1), np.nan)
 
     shuffled, rows = rng.permuted(np.tile(np.arange(sampled.shape[2]), (10_000, 1)), axis=1), []
-    tails = [(1 + confidence) / 2, (1 - confidence) / 2]
     for a, b in itertools.combinations(groups, 2):
         value, by_chance = float(deviation_cosine(seen[a], seen[b])), deviation_cosine(seen[a], seen[b][shuffled])
-        z, errors = np.arctanh(np.clip(value, -1 + 1e-9, 1 - 1e-9)), np.arctanh(deviation_cosine(drawn[a], drawn[b]))
-        low, high = np.tanh(2 * z - np.quantile(errors, tails))
+        replicates = corrected(drawn, a, b, 2)  # they hold the noise of the images twice
+        low = np.quantile(np.nan_to_num(replicates, nan=-1), (1 - confidence) / 2)
+        high = np.quantile(np.nan_to_num(replicates, nan=1), (1 + confidence) / 2)
         p = (1 + np.sum(by_chance >= value - 1e-12)) / (1 + len(by_chance))
-        rows.append((a, b, value, low, high, float(np.quantile(by_chance, confidence)), p))
-    return pd.DataFrame(rows, columns=["a", "b", "cosine", "low", "high", "chance", "p"])
+        chance = float(np.quantile(by_chance, confidence))
+        rows.append((a, b, value, float(corrected(seen, a, b, 1)), low, high, chance, p))
+    return pd.DataFrame(rows, columns=["a", "b", "cosine", "corrected", "low", "high", "chance", "p"])
 
 
 def chance_weakest(
