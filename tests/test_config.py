@@ -71,6 +71,12 @@ def test_defaults_fit_the_data_set():
         ({"seed": -1}, "seed"),
         ({"schedule": {"name": "step", "milestones": [100, 150]}}, "milestones"),
         ({"method": {"name": "cfol", "eta": float("inf")}}, "JSON"),
+        ({"optimizer": "lion"}, "adam"),
+        ({"schedule": {"name": "cyclic", "cycles": 0}}, "cycles"),
+        ({"remake": "matched"}, "needs a parent"),
+        ({"parent": {"model": "mlp"}}, "do not fit"),
+        ({"parent": {}, "without": ["3"]}, "other classes"),
+        ({"parent": {"epochs": 0}}, "epochs"),
     ],
 )
 def test_bad_settings_are_refused(given, says):
@@ -95,5 +101,16 @@ def test_schedules_are_torchs():
     assert ours["cosine"] == pytest.approx(torchs(lambda o: lr.CosineAnnealingLR(o, 100)), abs=1e-9)
     assert ours["step"] == pytest.approx(torchs(lambda o: lr.MultiStepLR(o, [50, 75], 0.1)), abs=1e-9)
     assert max(ours["onecycle"]) == ours["onecycle"][30] == 1
+    cyclic = Schedule(name="cyclic", cycles=2)
+    made = lr.CyclicLR
+    triangles = torchs(lambda o: made(o, 0, 1, step_size_up=25, mode="triangular", cycle_momentum=False))
+    assert [cyclic(i / 100) for i in range(100)] == pytest.approx(triangles, abs=1e-9)
     assert ours["onecycle"][0] == 0
     assert ours["onecycle"][65] == pytest.approx(0.5)
+
+
+def test_a_parent_belongs_to_the_identity():
+    alone, child = RunConfig(), RunConfig(parent={"seed": 3})
+    assert len({alone.hash(), child.hash(), RunConfig(parent={"seed": 4}).hash()}) == 3
+    assert RunConfig.model_validate_json(child.model_dump_json()) == child
+    assert child.parent == RunConfig(seed=3)

@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 
 from cfol_nb import data
 from cfol_nb.config import RunConfig
-from cfol_nb.data import DataSet, ImageSet, augment, limit, load, long_tail, prepare, split
+from cfol_nb.data import DataSet, ImageSet, augment, leave_out, limit, load, long_tail, prepare, split
 from cfol_nb.evaluate import as_float
 from cfol_nb.files import Corrupt
 
@@ -267,6 +267,20 @@ def test_prepare_holds_out_before_it_thins_and_keeps_the_test_split(digits):
     assert train.counts.tolist() == [48] * 5 + [4] * 5
     assert whole.test.counts.tolist() == [20] * 10
     assert prepare(RunConfig(crop=2, flip=True))[2].crop == 2
+
+
+def test_leaving_a_class_out_keeps_the_images_of_the_others(digits):
+    whole, part = prepare(RunConfig(train_limit=60)), prepare(RunConfig(train_limit=60, without=("1", "8")))
+    for a, b in ((whole[0], part[0]), (whole[1], part[1]), (whole[2].test, part[2].test)):
+        assert b.class_names == tuple("02345679")
+        for new, name in enumerate(b.class_names):
+            assert torch.equal(b.images[b.of_class(new)], a.images[a.of_class(int(name))])
+        assert len(b) == len(a) - len(a.of_class(1)) - len(a.of_class(8))
+    assert part[2].class_names == part[0].class_names
+    with pytest.raises(ValueError, match="unknown class 'eight'"):
+        prepare(RunConfig(without=("eight",)))
+    with pytest.raises(ValueError, match="fewer than 2 classes"):
+        leave_out(digits.train, tuple("012345678"))
 
 
 # -- torchvision's readers, on files in their formats ------------------------------------------------------------------

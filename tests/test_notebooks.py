@@ -10,8 +10,10 @@ import nbformat
 import pytest
 
 from cfol_nb import headless
+from cfol_nb.config import RunConfig
 from cfol_nb.files import ROOT
 from cfol_nb.headless import NotebookFailed, notebooks, parse, run, typed
+from cfol_nb.train import check
 
 SHARED = os.environ.get("CFOL_NB_RUNS")  # `make test` gives the runs of a test session one store
 
@@ -174,3 +176,32 @@ def test_notebooks_are_found_by_number_name_or_path(toy):
     assert headless.find(str(toy())) == toy()
     with pytest.raises(ValueError, match="did you mean '04_cfol'"):
         headless.find("04_cfoll")
+
+
+PARAMETERS = sorted((ROOT / "notebooks/parameters").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PARAMETERS, ids=lambda p: p.stem)
+def test_parameter_files_fit_their_notebooks_and_their_runs_can_be_made(path):
+    """Every value is of the type that the notebook states, and every configuration in it is one."""
+    values = typed(headless.find(path.stem.split("_")[0]), headless.from_file(path))
+    common = {**values["settings"], "dataset": values["dataset"]}
+    for how in ({}, *values.get("networks", {}).values(), *values.get("optimisers", {}).values()):
+        check(RunConfig(**{**common, **how}))
+    for eps in values.get("radii", []):
+        RunConfig(**{**common, "eps": eps})
+    for name in ("matching", "moving"):
+        if name in values:
+            kind = "matched" if name == "matching" else "d_rand"
+            check(RunConfig(**common, parent=RunConfig(**common), remake={"name": kind, **values[name]}))
+
+
+def test_bad_parameter_files_are_refused_in_a_sentence(tmp_path, toy):
+    bad = tmp_path / "bad.yaml"
+    for text, says in (("[1, 2]", "holds no parameters"), ("a: [1", "is not YAML"), ("", "holds no parameters")):
+        bad.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            headless.from_file(bad)
+    bad.write_text("sed: 3")
+    with pytest.raises(ValueError, match="did you mean 'seeds'"):
+        typed(headless.find("01"), headless.from_file(bad))

@@ -71,6 +71,22 @@ def test_train_prints_the_class_table(command):
     assert "digits-trades-cfol-s1-" in out
 
 
+def test_publish_writes_stored_runs_that_can_be_read_again(command, tiny, tmp_path):
+    from cfol_nb.runs import compute
+    from cfol_nb.suite import published
+
+    runs = compute([tiny(seed=0), tiny(seed=1)])
+    status, out, _ = command("publish", "digits-at-*", "--results", str(tmp_path / "r"))
+    assert status == 0
+    assert len(out.splitlines()) == 2
+    assert [r.config for r in published(tmp_path / "r")] == [
+        r.config for r in sorted(runs, key=lambda r: r.folder.name)
+    ]
+    status, _, err = command("publish", "digits-at-erm-s7", "--results", str(tmp_path / "r"))
+    assert status == 2
+    assert "unknown stored run" in err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -17,7 +17,7 @@ from cfol_nb import runs
 from cfol_nb.evaluate import evaluate
 from cfol_nb.files import Corrupt, read_tensors, write_json, write_tensors
 from cfol_nb.models import MODELS, register
-from cfol_nb.runs import Run, RunsFailed, compute, folder_of, stored
+from cfol_nb.runs import Run, RunsFailed, compute, folder_of, stored, whole
 
 VALUES = ("run.json", "outcomes.safetensors", "weights.safetensors")
 
@@ -291,3 +291,33 @@ def test_a_folder_name_says_what_is_inside(tiny):
     assert folder_of(tiny(method="cfol", objective="trades", seed=3)).name.startswith("digits-trades-cfol-s3-")
     with pytest.raises(FileNotFoundError):
         Run.load(folder_of(tiny()))
+
+
+# -- runs that come from other runs -----------------------------------------------------------------------------------
+
+
+def test_a_run_starts_from_its_parents_weights(tiny):
+    parent = tiny(method="cfol", seed=5)
+    (still,) = compute([tiny(parent=parent, epochs=1, lr=1e-12)])
+    assert whole(folder_of(parent))  # computed on the way
+    (first,) = compute([parent])
+    for a, b in zip(first.model("last").parameters(), still.model("last").parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    (moved,) = compute([tiny(parent=parent, epochs=1)])
+    assert not torch.equal(moved.model("last")[1][0].weight, first.model("last")[1][0].weight)
+    assert moved.config.parent.seed == 5
+    assert folder_of(tiny(parent=parent)) != folder_of(tiny(parent=tiny(method="cfol", seed=6)))
+
+
+def test_a_run_learns_from_images_remade_by_its_parent(tiny):
+    """D_det shows every class the images of the one before it: judged on real ones, such a network is mostly wrong."""
+    parent = tiny(objective="clean", epochs=20, train_limit=None)
+    remade = {"name": "d_det", "eps": 0.6, "step": 0.1, "steps": 10}
+    (wrong,) = compute([parent.model_copy(update={"parent": parent, "remake": remade})])
+    (right,) = compute([parent])
+    assert (right.outcomes["last"].correct("clean")).mean() > 0.85
+    assert (wrong.outcomes["last"].correct("clean")).mean() < 0.5
+    with pytest.raises(ValueError, match="no option 'radius'"):
+        compute([tiny(parent=parent, remake={"name": "d_det", "radius": 1})])
+    with pytest.raises(ValueError, match="did you mean 'matched'"):
+        compute([tiny(parent=parent, remake="match")])

@@ -1,11 +1,13 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from cfol_nb import suite
-from cfol_nb.runs import compute, stored
+from cfol_nb.config import RunConfig
+from cfol_nb.runs import Run, compute, stored
 from cfol_nb.suite import METHODS, PAPER, configurations, estimate
 
 TINY = {"epochs": 2, "train_limit": 24, "test_limit": 6, "steps": 2}
@@ -115,3 +117,30 @@ def test_everything_is_checked_before_the_first_run(tmp_path):
     with pytest.raises(ValueError, match="unknown model"):
         list(suite.suite(configs, 5, tmp_path))
     assert not stored()
+
+
+def test_a_listing_names_what_is_unusual_about_a_run():
+    given = [
+        {},
+        {"optimizer": "adam", "lr": 0.003},
+        {"schedule": "cyclic", "weight_decay": 1e-5},
+        {"without": ["3", "8"]},
+        {"eps": 0.2, "method": "cfol", "seed": 1},
+        {"epochs": 9, "train_limit": 30, "dtype": "float32"},  # sizes are not told
+        {"parent": {}, "remake": {"name": "matched", "steps": 3}, "objective": "clean", "model": "mlp"},
+    ]
+    runs = [Run(RunConfig(**g), Path("x"), [], 0, {"last": str(i)}, {}) for i, g in enumerate(given)]
+    table = suite.listing(runs)
+    variants = [
+        "",
+        "optimizer adam",
+        "schedule cyclic, weight_decay 1e-05",
+        "without 3, 8",
+        "eps 0.2",
+        "",
+        "remake matched",
+    ]
+    assert table["variant"].tolist() == variants
+    assert table["outcomes"].tolist() == list("0123456")
+    assert table.loc[6, ["network", "objective", "method", "dataset"]].tolist() == ["mlp", "clean", "erm", "digits"]
+    assert table.query("method == 'cfol'")["seed"].tolist() == [1]

@@ -26,13 +26,18 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_is_the_plain_loop(tiny, images):
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_is_the_plain_loop(tiny, images, kind):
     """Against adversarial training written out by hand: same draws, same noise, torch's own optimiser and schedule."""
-    config = tiny(epochs=2, batch_size=32, schedule="cosine", weight_decay=1e-3, ema=0.8)
+    given = {"optimizer": kind, "lr": 0.003 if kind == "adam" else 0.2}
+    config = tiny(epochs=2, batch_size=32, schedule="cosine", weight_decay=1e-3, ema=0.8, **given)
     train_images, held = images
     model, n = new_model(config, train_images), len(train_images)
     x, y = as_float(train_images.images, torch.float64, "cpu"), train_images.labels
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9, weight_decay=1e-3)
+    optimizer = {
+        "sgd": torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9, weight_decay=1e-3),
+        "adam": torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=1e-3),
+    }[kind]
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * (n // 32))
     average = {k: v.clone() for k, v in model.state_dict().items()}
     done_steps = 0

@@ -1,4 +1,4 @@
-"""The command line: `cfol-nb run | train | suite | audit | fetch | list`."""
+"""The command line: `cfol-nb run | train | suite | publish | audit | fetch | list`."""
 
 from __future__ import annotations
 
@@ -89,6 +89,9 @@ def run(
         list[str],
         typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="A parameter of the notebook; may be repeated."),
     ] = [],  # noqa: B006
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", help="YAML file of parameters, as in notebooks/parameters/; -p wins.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the executed notebooks; default runs/notebooks.")] = None,
     store: Annotated[
         bool, typer.Option("--store", help="Renew the stored runs in notebooks/ (defaults only).")
@@ -96,13 +99,15 @@ def run(
 ) -> None:
     """Run notebooks headless, and print where they lie and their headlines.
 
-    Example: cfol-nb run 04 -p seeds=5 -p "dataset=imagefolder:data/cifar10" -p eps=8/255
+    Examples: cfol-nb run 04 -p seeds=5 -p "dataset=imagefolder:data/cifar10"
+
+    cfol-nb run 01 -f notebooks/parameters/01_short.yaml
     """
     from cfol_nb import headless
 
-    given = _pairs(parameters)
+    given = {**(headless.from_file(file) if file else {}), **_pairs(parameters)}
     if store and given:
-        raise ValueError("--store keeps the run with the notebook's own defaults: leave out -p")
+        raise ValueError("--store keeps the run with the notebook's own defaults: leave out -p and -f")
     sources = [headless.find(n) for n in names] if names else headless.notebooks()
     for source in sources:
         headless.typed(source, given)  # all are checked before the first one starts
@@ -205,6 +210,31 @@ def suite(
             groups.setdefault(label, []).append(outcomes)
     if groups:
         typer.echo(headline(groups).to_string())
+
+
+@app.command()
+def publish(
+    names: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Names of `cfol-nb list`; * stands for any text.")
+    ],
+    results: Annotated[Path | None, typer.Option(help="Folder of the JSONs; default results/.")] = None,
+) -> None:
+    """Write stored runs to results/, one small JSON each: configuration, provenance, counts and predictions.
+
+    Example: cfol-nb publish "cifar10-*"
+    """
+    from fnmatch import fnmatch
+
+    from cfol_nb import suite as s
+    from cfol_nb.config import choose
+    from cfol_nb.files import ROOT
+    from cfol_nb.runs import Run, stored
+
+    folders = {f.name: f for f in stored()}
+    for name in names:
+        found = [f for n, f in folders.items() if fnmatch(n, name)]
+        for folder in found or [folders[choose("stored run", name, folders)]]:
+            typer.echo(s.publish(Run.load(folder), results or ROOT / "results"))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from typing import Any
 
 import nbformat
 import papermill
+import yaml
 from pydantic import TypeAdapter, ValidationError
 from traitlets.config import Config
 
@@ -57,6 +58,17 @@ def parse(text: str) -> Any:
         return value(ast.parse(text, mode="eval").body)
     except (ValueError, SyntaxError, TypeError, ZeroDivisionError):
         return text
+
+
+def from_file(path: Path) -> dict[str, Any]:
+    """The parameters of a YAML file, as papermill's -f takes it. Raises ValueError if it is no mapping of names."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no parameters: lines of the form 'name: value' are needed")
+    return values
 
 
 def _parameters(source: str) -> dict[str, tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -258,6 +259,8 @@ def deviations(groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str 
 
 def cosine_matrix(pairs: pd.DataFrame) -> Figure:
     """`stats.cosines` as a matrix; in brackets what a permutation of the classes exceeds more than once in twenty."""
+    if pairs.empty:
+        raise ValueError("a matrix of cosines needs at least two groups")
     names = list(dict.fromkeys([*pairs["a"], *pairs["b"]]))
     where = {name: i for i, name in enumerate(names)}
     value, text = np.full((len(names),) * 2, np.nan), np.full((len(names),) * 2, "", dtype=object)
@@ -265,8 +268,8 @@ def cosine_matrix(pairs: pd.DataFrame) -> Figure:
         value[where[p.b], where[p.a]] = p.cosine
         shown = f"{p.cosine:.2f}" if p.p <= 0.05 else f"({p.cosine:.2f})"
         text[where[p.b], where[p.a]] = f"{shown}\n{p.low:.2f} … {p.high:.2f}"
-    side = 1.15 * len(names)
-    fig, ax = plt.subplots(figsize=(side + 1.6, 0.75 * side + 0.6))
+    side = 1.4 * (len(names) - 1)
+    fig, ax = plt.subplots(figsize=(side + 3, 0.65 * side + 1))
     sns.heatmap(
         value[1:, :-1],
         annot=text[1:, :-1],
@@ -281,6 +284,7 @@ def cosine_matrix(pairs: pd.DataFrame) -> Figure:
         ax=ax,
     )
     ax.tick_params(axis="y", rotation=0)
+    ax.set_xticklabels([textwrap.fill(n, 14) for n in names[:-1]])
     ax.grid(False)
     return fig
 

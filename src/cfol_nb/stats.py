@@ -98,15 +98,25 @@ def confusion(outcomes: Outcomes, attack: str | None = None) -> np.ndarray:
     return np.bincount(outcomes.labels * k + predicted, minlength=k * k).reshape(k, k)
 
 
-def mantel(a: np.ndarray, b: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """(r, p): correlation of the off-diagonal entries of two (K, K) matrices over classes, and the share of random
+def mantel(a: np.ndarray, b: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> pd.Series:
+    """r, p: correlation of the off-diagonal entries of two (K, K) matrices over classes, and the share of random
     relabellings of one of them that correlate as highly (Mantel 1967). mantel(c, c.T) is the symmetry of a matrix c."""
     k, rng = len(a), np.random.default_rng(seed)
     off = ~np.eye(k, dtype=bool)
     x = np.asarray(a, float)[off]
     orders = [np.arange(k), *(rng.permutation(k) for _ in range(draws))]
     r = np.array([np.corrcoef(x, np.asarray(b, float)[np.ix_(o, o)][off])[0, 1] for o in orders])
-    return float(r[0]), float(np.mean(r >= r[0] - 1e-12))  # the given order is one of the draws, so p is never 0
+    return pd.Series({"r": r[0], "p": np.mean(r >= r[0] - 1e-12)})  # the given order is among them: p is never 0
+
+
+def within(counts: np.ndarray, group: Sequence) -> tuple[float, float]:
+    """Share of the confusions (K, K) that stay inside a group of classes, and the share if errors fell on any other
+    class alike, as often as each class is mistaken. group: (K,) the group of each class."""
+    errors = np.array(counts, float)
+    np.fill_diagonal(errors, 0)
+    same = np.equal.outer(list(group), list(group)) & ~np.eye(len(errors), dtype=bool)
+    by_chance = errors.sum(1) @ same.sum(1) / (len(errors) - 1)
+    return float(errors[same].sum() / errors.sum()), float(by_chance / errors.sum())
 
 
 # -- several seeds -----------------------------------------------------------------------------------------------------
@@ -311,6 +321,18 @@ def cosines(
     return pd.DataFrame(rows, columns=["a", "b", "cosine", "corrected", "low", "high", "chance", "p"])
 
 
+def discrepancy(
+    standard: Outcomes | Sequence[Outcomes], adversarial: Outcomes | Sequence[Outcomes], attack: str | None = None
+) -> dict[str, list[Outcomes]]:
+    """The three conditions of Benz et al. 2021 as groups: standard training, adversarial training judged on clean
+    images, and the same under attack."""
+    return {
+        "standard": view(standard, "clean"),
+        "adversarial, clean": view(adversarial, "clean"),
+        "adversarial, attacked": view(adversarial, attack or last_attack(_listed(adversarial)[0])),
+    }
+
+
 def chance_weakest(
     outcomes: Outcomes | Sequence[Outcomes], attack: str | None = None, *, draws: int = 10_000, seed: int = 0
 ) -> pd.Series:
@@ -348,6 +370,25 @@ def headline(groups: Mapping[str, Sequence[Outcomes]], attack: str | None = None
 
 
 # -- two runs ----------------------------------------------------------------------------------------------------------
+
+
+def lift(
+    after: Sequence[Outcomes], before: Sequence[Outcomes], name: str, attack: str | None = None, *, draws: int = 2000
+) -> pd.Series:
+    """What the class `name` gained from one list of runs to the other, whose other classes may differ: before, after,
+    difference, low, high (95 % bootstrap over the images of the class and over the runs of each list)."""
+    right = []
+    for several in (before, after):
+        which = attack or last_attack(several[0])
+        right.append(np.stack([o.correct(which)[o.labels == o.class_names.index(name)] for o in several]))
+    if right[0].shape[1] != right[1].shape[1]:
+        raise ValueError(f"class {name!r} has {right[0].shape[1]} images before and {right[1].shape[1]} after")
+    rng, n = np.random.default_rng(0), right[0].shape[1]
+    weight = rng.dirichlet(np.ones(n), draws)
+    each = [np.take_along_axis(weight @ r.T, rng.integers(len(r), size=(draws, len(r))), 1).mean(1) for r in right]
+    low, high = np.quantile(each[1] - each[0], [0.025, 0.975])
+    was, now = (float(r.mean()) for r in right)
+    return pd.Series({"before": was, "after": now, "difference": now - was, "low": low, "high": high}, name=name)
 
 
 def holm(p: np.ndarray) -> np.ndarray:

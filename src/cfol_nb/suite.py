@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from cfol_nb.config import RunConfig
@@ -95,6 +96,32 @@ def published(results: Path | None = None) -> list[Run]:
         config = RunConfig.model_validate(kept["config"])
         out.append(Run(config, path, kept["history"], kept["selected_epoch"], outcomes, kept["provenance"]))
     return out
+
+
+def listing(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per run, to choose from: dataset, network, objective, method, variant (settings that are not the data
+    set's usual ones, sizes aside; empty if none), seed, outcomes (of the last weights), run."""
+    telling = ("optimizer", "schedule", "weight_decay", "norm", "eps", "imbalance", "without", "remake", "select")
+    rows = []
+    for run in runs:
+        c, usual = run.config, RunConfig(dataset=run.config.dataset)
+        given = {k: getattr(c, k) for k in telling if getattr(c, k) != getattr(usual, k)}
+        words = [f"{k} {getattr(v, 'name', v['name'] if isinstance(v, dict) else v)}" for k, v in given.items()]
+        if c.without:
+            words[list(given).index("without")] = f"without {', '.join(c.without)}"
+        rows.append(
+            {
+                "dataset": Path(c.dataset.removeprefix("imagefolder:")).name,
+                "network": c.model["name"],
+                "objective": c.objective["name"],
+                "method": c.method["name"],
+                "variant": ", ".join(words),
+                "seed": c.seed,
+                "outcomes": run.outcomes["last"],
+                "run": run,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def suite(
