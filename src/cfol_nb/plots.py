@@ -305,20 +305,22 @@ def curves(accuracy: pd.DataFrame) -> Figure:
 
 
 def explanations(panels: Mapping[str, pd.DataFrame]) -> Figure:
-    """Small multiples: in each, what may explain (first column) against what is to be explained (second column).
+    """Small multiples, three a row: in each, what may explain (first column) against what is to be explained (second column).
 
     A point is a row, named by the index if there are at most twelve; the title gives Spearman's rank correlation.
     """
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels), 3.4), squeeze=False)
-    for ax, (label, table) in zip(axes[0], panels.items(), strict=True):
+    rows = -(-len(panels) // 3)
+    fig, axes = plt.subplots(rows, min(3, len(panels)), figsize=(10.5, 3.3 * rows), squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for ax, (label, table) in zip(axes.flat, panels.items(), strict=False):
         x, y = table.columns[:2]
         ax.plot(table[x], table[y], "o", color="#8494a4", ms=5, alpha=0.8)
         if len(table) <= 12:
             for name, row in table.iterrows():
                 ax.annotate(str(name), (row[x], row[y]), xytext=(4, 3), textcoords="offset points", fontsize=9)
         ax.set(xlabel=x, ylabel=y)
-        ax.set_title(
-            f"{label}\nrank correlation {table[x].corr(table[y], method='spearman'):+.2f}", fontsize=10, loc="left"
-        )
+        rank = table[x].corr(table[y], method="spearman")
+        ax.set_title(f"{label}\nrank correlation {rank:+.2f}", fontsize=10, loc="left")
         ax.margins(0.12)
     return fig
