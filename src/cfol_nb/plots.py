@@ -307,7 +307,8 @@ def curves(accuracy: pd.DataFrame) -> Figure:
 def explanations(panels: Mapping[str, pd.DataFrame]) -> Figure:
     """Small multiples, three a row: in each, what may explain (first column) against what is to be explained (second).
 
-    A point is a row of the table, named by the index if there are at most twelve; the title gives Spearman's rank correlation.
+    A point is a row of the table, named by the index if there are at most twelve; the title gives Spearman's rank
+    correlation.
     """
     rows = -(-len(panels) // 3)
     fig, axes = plt.subplots(rows, min(3, len(panels)), figsize=(10.5, 3.3 * rows), squeeze=False)
