@@ -8,6 +8,7 @@ SMALL = {
     "smallcnn": {"width": 4},
     "resnet18": {"width": 4},
     "preactresnet18": {"width": 4},
+    "mlp": {"width": 8},
     "wrn": {"depth": 10, "widen": 1},
     "vgg16bn": {"width": 4},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 import time
 from pathlib import Path
@@ -312,6 +313,7 @@ def fetch(dataset: Annotated[str, typer.Argument(help="One of torchvision's data
 def list_() -> None:
     """Data sets, models, objectives, methods, attacks and stored runs, with their options."""
     from cfol_nb.attacks import LOSSES
+    from cfol_nb.config import keywords
     from cfol_nb.data import DATASETS
     from cfol_nb.methods import METHODS
     from cfol_nb.models import MODELS
@@ -321,12 +323,8 @@ def list_() -> None:
     def table(title: str, entries: dict, hidden: set[str]) -> None:
         typer.echo(f"\n{title}")
         for name, make in entries.items():
-            taken = [
-                f"{k}={p.default!r}"
-                for k, p in inspect.signature(make).parameters.items()
-                if k not in hidden and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-            ]
-            text = (inspect.getdoc(make) or "").split("\n\n")[0].split(". ")[0].replace("\n", " ").rstrip(".")
+            taken = [f"{k}={p.default!r}" for k, p in keywords(make).items() if k not in hidden]
+            text = re.split(r"(?<! al)\. ", (inspect.getdoc(make) or "").split("\n\n")[0])[0].replace("\n", " ").rstrip(".")
             typer.echo(f"  {name:16} {text}" + (f"  [{', '.join(taken)}]" if taken else ""))
 
     typer.echo("data sets\n  " + ", ".join(DATASETS))

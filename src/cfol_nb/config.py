@@ -22,18 +22,25 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
     raise ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})")
 
 
+def keywords(make: Callable) -> dict[str, inspect.Parameter]:
+    """The named arguments of a callable; those of a class that passes `**named` on include its parent's."""
+    found: dict[str, inspect.Parameter] = {}
+    for part in [c.__init__ for c in make.__mro__ if "__init__" in vars(c)] if inspect.isclass(make) else [make]:
+        taken = inspect.signature(part).parameters.values()
+        named = {p.name: p for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"}
+        found = {**named, **found}
+        if not any(p.kind is p.VAR_KEYWORD for p in taken):
+            break
+    return found
+
+
 def options(kind: str, spec: Mapping[str, Any], table: Mapping[str, Callable], given: Iterable[str] = ()) -> dict:
     """The options of `spec` for `table[spec["name"]]`, refused if that callable does not take them.
 
     `given`: argument names that the program supplies itself, so a user may not.
     """
-    make = table[choose(kind, spec["name"], table)]
+    known = [k for k in keywords(table[choose(kind, spec["name"], table)]) if k not in given]
     rest = {k: v for k, v in spec.items() if k != "name"}
-    known = [
-        k
-        for k, p in inspect.signature(make).parameters.items()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and k not in {"self", *given}
-    ]
     for key in rest:
         if key not in known:
             raise ValueError(f"{kind} {spec['name']!r} has no option {key!r}; it takes: {', '.join(known) or 'none'}")

@@ -8,15 +8,22 @@ from torch import Tensor, nn
 from cfol_nb.attacks import kl
 
 
+def as_is(logits: Tensor, y: Tensor) -> Tensor:
+    return logits
+
+
 class Clean:
     """Cross-entropy on clean images; no attack."""
 
     attack_loss: str | None = None
 
-    def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x, x_adv: (n, C, H, W) in [0, 1]. Returns losses (n,) and the logits (n, K) that judge the example."""
+    def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is) -> tuple[Tensor, Tensor]:
+        """x, x_adv: (n, C, H, W) in [0, 1]. adjust: what a method does to the logits (n, K) of the cross-entropy.
+
+        Returns losses (n,) and the logits (n, K), as they are, that judge the example.
+        """
         logits = model(x)
-        return F.cross_entropy(logits, y, reduction="none"), logits
+        return F.cross_entropy(adjust(logits, y), y, reduction="none"), logits
 
 
 class AT:
@@ -24,9 +31,9 @@ class AT:
 
     attack_loss = "ce"
 
-    def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is) -> tuple[Tensor, Tensor]:
         logits = model(x_adv)
-        return F.cross_entropy(logits, y, reduction="none"), logits
+        return F.cross_entropy(adjust(logits, y), y, reduction="none"), logits
 
 
 class TRADES:
@@ -39,9 +46,9 @@ class TRADES:
             raise ValueError(f"beta={beta} is not a finite number >= 0")
         self.beta = beta
 
-    def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is) -> tuple[Tensor, Tensor]:
         clean, logits = model(x), model(x_adv)
-        return F.cross_entropy(clean, y, reduction="none") + self.beta * kl(clean, logits), logits
+        return F.cross_entropy(adjust(clean, y), y, reduction="none") + self.beta * kl(clean, logits), logits
 
 
 OBJECTIVES = {"clean": Clean, "at": AT, "trades": TRADES}

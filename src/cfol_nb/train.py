@@ -32,7 +32,7 @@ from cfol_nb.stats import counts
 def check(config: RunConfig) -> None:
     """Raises ValueError, before any work, for a model, objective or method that is unknown or refuses its options."""
     own = options("method", config.method, METHODS, given=("labels", "num_classes", "seed", "examples"))
-    METHODS[config.method["name"]](torch.arange(2), 2, examples=1, **own)  # refuses values that it cannot take
+    METHODS[config.method["name"]](torch.arange(1000), 1000, 0, 1, **own)  # refuses values that it cannot take
     own = options("objective", config.objective, OBJECTIVES)
     OBJECTIVES[config.objective["name"]](**own)
     if config.remake is not None:
@@ -203,9 +203,8 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
         model.load_state_dict(initial)
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     objective = OBJECTIVES[config.objective["name"]](**options("objective", config.objective, OBJECTIVES))
-    method: Method = METHODS[config.method["name"]](
-        images.labels, k, seed=config.seed, examples=total * batch, **options("method", config.method, METHODS)
-    ).to(device)
+    own = options("method", config.method, METHODS)
+    method: Method = METHODS[config.method["name"]](images.labels, k, config.seed, total * batch, **own).to(device)
     engine = choose_engine(config, device)
     graphed = engine == "graph"  # whose learning rate must lie on the device
     rate = torch.tensor(config.lr, device=device) if graphed else config.lr

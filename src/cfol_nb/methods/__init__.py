@@ -16,11 +16,12 @@ class Method(nn.Module):
     """Plain empirical risk minimisation; subclasses turn what they need. Buffers are the state.
 
     labels: (N,) int64 of the training images. num_classes: K. seed: of the draws. examples: how many the whole run
-    will see, counting repeats. Whatever else `__init__` takes are the method's options.
+    will see, counting repeats. Subclasses pass these on as `*run, **named`; what else they take are their options.
     """
 
     def __init__(self, labels: Tensor, num_classes: int, seed: int = 0, examples: int = 0):
         super().__init__()
+        self.run = labels, num_classes, seed, examples
         self.num_classes = num_classes
         self.sampler: nn.Module = Shuffle(len(labels), seed)
 
@@ -31,6 +32,10 @@ class Method(nn.Module):
     def radius(self, y: Tensor) -> Tensor | None:
         """(n,) factors on the attack's radius and step; None for 1."""
         return None
+
+    def adjust(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The logits (n, K) for the objective's cross-entropy; attack and evaluation see them as they are."""
+        return logits
 
     def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
         """Losses (n,) to the scalar that is minimised."""

@@ -30,17 +30,10 @@ class CFOL(Method):
     """
 
     def __init__(
-        self,
-        labels: Tensor,
-        num_classes: int,
-        seed: int = 0,
-        examples: int = 0,
-        gamma: float = 0.5,
-        eta: float | None = None,
-        drift: float = 40.0,
-        form: str = "sample",
+        self, *run, gamma: float = 0.5, eta: float | None = None, drift: float = 40.0, form: str = "sample", **named
     ):
-        super().__init__(labels, num_classes, seed, examples)
+        super().__init__(*run, **named)
+        labels, num_classes, seed, examples = self.run
         self.form = choose("form of cfol", form, ("sample", "reweight"))
         classes = ClassSampler(labels, gamma, step_size(eta, drift, examples), num_classes, seed)
         if form == "sample":
@@ -69,17 +62,9 @@ class CFOL(Method):
 class FOL(Method):
     """Exp3 over examples (Shalev-Shwartz and Wexler 2016). Default drift: 5e-7 * 40,000 * 200 = 4, as released."""
 
-    def __init__(
-        self,
-        labels: Tensor,
-        num_classes: int,
-        seed: int = 0,
-        examples: int = 0,
-        gamma: float = 0.5,
-        eta: float | None = None,
-        drift: float = 4.0,
-    ):
-        super().__init__(labels, num_classes, seed, examples)
+    def __init__(self, *run, gamma: float = 0.5, eta: float | None = None, drift: float = 4.0, **named):
+        super().__init__(*run, **named)
+        labels, _, seed, examples = self.run
         self.sampler = ExampleSampler(len(labels), gamma, step_size(eta, drift, examples), seed)
         self.register_buffer("labels", labels, persistent=False)
 

@@ -30,8 +30,8 @@ def _share(alpha: float) -> float:
 class CVaR(Method):
     """Mean of the worst share alpha of the batch: sup over q with q_i <= 1 / (alpha n)."""
 
-    def __init__(self, labels: Tensor, num_classes: int, seed: int = 0, examples: int = 0, alpha: float = 0.5):
-        super().__init__(labels, num_classes, seed, examples)
+    def __init__(self, *run, alpha: float = 0.5, **named):
+        super().__init__(*run, **named)
         self.alpha = _share(alpha)
 
     def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ class LCVaR(Method):
     The optimal q is used. The released CFOL code computes the mean times 1 / alpha instead, which is ERM.
     """
 
-    def __init__(self, labels: Tensor, num_classes: int, seed: int = 0, examples: int = 0, alpha: float = 0.2):
-        super().__init__(labels, num_classes, seed, examples)
+    def __init__(self, *run, alpha: float = 0.2, **named):
+        super().__init__(*run, **named)
         self.alpha = _share(alpha)
 
     def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
