@@ -324,7 +324,8 @@ def list_() -> None:
         typer.echo(f"\n{title}")
         for name, make in entries.items():
             taken = [f"{k}={p.default!r}" for k, p in keywords(make).items() if k not in hidden]
-            text = re.split(r"(?<! al)\. ", (inspect.getdoc(make) or "").split("\n\n")[0])[0].replace("\n", " ").rstrip(".")
+            said = (inspect.getdoc(make) or "").split("\n\n")[0].replace("\n", " ")
+            text = re.split(r"(?<! al)\. ", said)[0].rstrip(".")
             typer.echo(f"  {name:16} {text}" + (f"  [{', '.join(taken)}]" if taken else ""))
 
     typer.echo("data sets\n  " + ", ".join(DATASETS))
