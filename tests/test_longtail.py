@@ -1,12 +1,18 @@
 """Every technique against its formula, the identity on balanced data, and the pseudo-count."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from cfol_nb.features import penultimate
 from cfol_nb.methods import METHODS
 from cfol_nb.methods.longtail import FLOOR, SMOOTH
+from cfol_nb.models import last_linear
+from cfol_nb.runs import compute
 from cfol_nb.train import train
 
 COUNTS = np.array([80.0, 40, 20, 10])
@@ -177,6 +183,139 @@ def test_trains_and_repeats_itself(name, tiny, digits):
     assert done.history[-1]["loss"] < done.history[0]["loss"]
     again = train(config, *parts)
     assert all(torch.equal(done.weights["last"][k], v) for k, v in again.weights["last"].items())
+
+
+# -- a second stage, and after training --------------------------------------------------------------------------------
+
+
+def weights_of(run):
+    head = last_linear(run.model("last"))
+    return head.weight.detach(), head.bias.detach()
+
+
+@pytest.mark.parametrize("name", ["crt", "lws"])
+def test_the_second_stage_changes_the_classifier_alone(name, tiny):
+    parent = tiny(epochs=6, imbalance={"factor": 4})
+    config = tiny(parent=parent, method={"name": name, "counts": "images"}, epochs=3, weight_decay=0, lr=0.05)
+    first, second = compute([parent, config])
+    before, after = first.model("last").state_dict(), second.model("last").state_dict()
+    changed = [k for k in before if not torch.equal(before[k], after[k])]
+    head = [k for k in before if k.startswith("1.8.")]
+    assert changed == (head if name == "crt" else head[:1])
+    if name == "lws":  # every row is the parent's times one factor
+        factor = after[head[0]] / before[head[0]]
+        torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=1e-6, atol=0)
+        assert factor[:, 0].std() > 1e-5
+
+
+def test_lws_is_gradient_descent_on_the_factors(tiny, digits):
+    """Against factors f as parameters of their own: z = (f * W) h + b."""
+    from cfol_nb.models import build
+
+    torch.manual_seed(0)
+    model = build("smallcnn", channels=1, width=4).double()
+    x, y = digits.train.images[:50].double() / 255, digits.train.labels[:50]
+    seen, _ = penultimate(model, x)
+    weight, bias = last_linear(model).weight.detach().clone(), last_linear(model).bias.detach()
+    seen, f = seen.detach(), torch.ones(10, 1, dtype=torch.float64, requires_grad=True)
+    ours = METHODS["lws"](digits.train.labels, 10)
+    ours.start(model)
+    steps = [torch.optim.SGD([f], 0.1, 0.9), torch.optim.SGD(model.parameters(), 0.1, 0.9)]
+    for _ in range(5):
+        losses = [F.cross_entropy(seen @ (f * weight).T + bias, y), F.cross_entropy(model(x), y)]
+        for loss, step in zip(losses, steps, strict=True):
+            step.zero_grad()
+            loss.backward()
+            step.step()
+    torch.testing.assert_close(last_linear(model).weight, f * weight)
+    assert (f - 1).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["crt", "lws"])
+def test_a_second_stage_that_was_stopped_goes_on_to_the_same_bytes(name, tiny, digits, tmp_path):
+    from cfol_nb.data import limit, split
+    from cfol_nb.train import Stopped, new_model
+
+    parts = split(limit(digits.train, 24), 0.2)
+    config = tiny(method=name, parent=tiny(), epochs=3)
+    initial = new_model(tiny(seed=4), parts[0]).state_dict()
+    whole = train(config, *parts, initial=initial)
+    checkpoint = tmp_path / "c.safetensors"
+
+    def stop(done, total):
+        if done == total // 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(config, *parts, initial=initial, checkpoint=checkpoint, progress=stop)
+    again = train(config, *parts, initial=initial, checkpoint=checkpoint)
+    assert all(torch.equal(v, again.weights["last"][k]) for k, v in whole.weights["last"].items())
+
+
+def test_crt_begins_anew_or_keeps(tiny, digits):
+    from cfol_nb.models import build
+
+    for keep in (True, False):
+        model = build("smallcnn", channels=1, width=4)
+        before = last_linear(model).weight.detach().clone()
+        METHODS["crt"](digits.train.labels, 10, keep=keep).start(model)
+        assert torch.equal(before, last_linear(model).weight) is keep
+        assert not model.training
+        assert [p.requires_grad for p in model.parameters()][-3:] == [False, True, True]
+
+
+def test_post_hoc_changes_are_their_formulas():
+    from cfol_nb.methods.longtail import LogitAdjusted, tau_normalised
+    from cfol_nb.models import build
+
+    torch.manual_seed(0)
+    model, x = build("mlp", num_classes=4, channels=1).double(), torch.rand(6, 1, 8, 8, dtype=torch.float64)
+    seen, logits = penultimate(model, x)
+    w = last_linear(model).weight
+    for tau in (0.0, 0.5, 1.0):
+        torch.testing.assert_close(tau_normalised(model, tau)(x), seen @ (w / w.norm(dim=1, keepdim=True) ** tau).T)
+    torch.testing.assert_close(model(x), logits)  # a copy was changed
+    n = torch.from_numpy(COUNTS)
+    torch.testing.assert_close(LogitAdjusted(model, n, 0.5)(x), logits - 0.5 * (n / 150).log())
+
+
+def test_robal_is_its_formula_on_a_cosine_classifier():
+    """s (cos_j - [j = y] (m + tau_m log(n_y / n_min) / s)) + tau_b log pi_j, with s = 10."""
+    from cfol_nb.models import build
+
+    torch.manual_seed(0)
+    model, x = build("mlp", num_classes=4, channels=1, head="cosine").double(), torch.rand(12, 1, 8, 8).double()
+    seen, z = penultimate(model, x)
+    cos = F.cosine_similarity(seen.unsqueeze(1), last_linear(model).weight.unsqueeze(0), dim=2)
+    torch.testing.assert_close(z, 10 * cos)
+    method = make("robal", counts="images")
+    method.start(model)
+
+    def formula(c, y):
+        m = 0.1 + 0.3 * np.log(COUNTS[y] / 10) / 10
+        return ce(10 * (c - np.where(np.arange(4) == y, m, 0)) + 1.5 * np.log(COUNTS / 150), y)
+
+    assert loss_of(method, z, Y) == pytest.approx(by_hand(formula, cos.detach(), Y), rel=1e-9)
+    with pytest.raises(ValueError, match="head='cosine'"):
+        method.start(build("mlp", channels=1))
+
+
+def test_what_cannot_be_is_refused_before_work(tiny):
+    with pytest.raises(ValueError, match="give the run a parent"):
+        compute([tiny(method="crt")])
+    with pytest.raises(ValueError, match="head='cosine'"):
+        compute([tiny(method="robal")])
+    with pytest.raises(ValueError, match="unknown head"):
+        compute([tiny(model={"name": "mlp", "head": "cosin"})])
+
+
+def test_no_factor_on_the_logits_changes_the_normalised_margin():
+    from cfol_nb.attacks import margin, normalised_margin
+
+    torch.testing.assert_close(normalised_margin(Z, Y), normalised_margin(7 * Z + 3, Y))
+    assert torch.equal(normalised_margin(Z, Y) > 0, margin(Z, Y) > 0)
+    row = Z[0] - Z[0].mean()
+    assert normalised_margin(Z, Y)[0] == pytest.approx(((row[1:].max() - row[0]) / row.norm()).item())
 
 
 @pytest.mark.parametrize(

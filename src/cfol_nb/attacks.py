@@ -97,9 +97,16 @@ def kl(reference: Tensor, logits: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(1)
 
 
+def normalised_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """(n,) the margin of logits that are centred and brought to length 1: no factor on the logits changes it."""
+    z = logits - logits.mean(1, keepdim=True)
+    return margin(z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1e-12), y)
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "ce": lambda z, y, _: F.cross_entropy(z, y, reduction="none"),
     "margin": lambda z, y, _: margin(z, y),
+    "normalised-margin": lambda z, y, _: normalised_margin(z, y),
     "kl": lambda z, _, clean: kl(clean, z),
 }
 
@@ -150,7 +157,8 @@ def pgd(
     model: maps images to (n, K) logits; attacked in eval mode, its modes and gradients are left as they were.
     x: (n, C, H, W) floating point in [0, 1]. y: (n,) int64: the labels, or the targets if `targeted`.
     eps, step: a number, or (n,), in the unit of x: 8/255, not 8. norm: "linf" or "l2".
-    loss: "ce"; "margin" (CW); "kl" (from the clean prediction, TRADES); or a function (logits, y) -> (n,).
+    loss: "ce"; "margin" (CW); "normalised-margin"; "kl" (from the clean prediction, TRADES); or a function
+    (logits, y) -> (n,).
     random_start: uniform in the ball. best: per image the point of highest loss on the way, start and end included,
     instead of the last one. restarts: keep per image a misclassified end, else the one of highest loss.
     retire: an image that is misclassified on the way keeps that point and costs nothing more; a stronger attack than

@@ -93,7 +93,7 @@ class Attack(_Ball):
 
     step: float = Field(gt=0)
     steps: int = Field(ge=1)
-    loss: Literal["ce", "margin", "kl"] = "ce"
+    loss: Literal["ce", "margin", "normalised-margin", "kl"] = "ce"
     restarts: int = Field(1, ge=1)
     random_start: bool = True
     retire: bool = False

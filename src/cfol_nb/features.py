@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cfol_nb.attacks import as_float, evaluating, pgd
 from cfol_nb.data import ImageSet
+from cfol_nb.models import last_linear
 
 
 def penultimate(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,11 +19,8 @@ def penultimate(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises ValueError for a model without a linear layer.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not layers:
-        raise ValueError("the model has no linear layer, so it is not known what its features are")
     seen: list[Tensor] = []
-    hook = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hook = last_linear(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         logits = model(x)
     finally:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfol_nb.config import options
+from cfol_nb.config import choose, options
 
 MODELS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -40,17 +40,36 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+class Cosine(nn.Linear):
+    """Logits SCALE * cos(features, class weights), as in RoBal (Wu et al. 2021)."""
+
+    SCALE = 10.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.SCALE * F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+def last_linear(model: nn.Module) -> nn.Linear:
+    """The classifier of a network. Raises ValueError for a model without a linear layer."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not layers:
+        raise ValueError("the model has no linear layer, so it is not known what its classifier is")
+    return layers[-1]
+
+
 def build(
     name: str,
     num_classes: int = 10,
     channels: int = 3,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    head: str = "linear",
     **spec,
 ) -> nn.Sequential:
     """A new network: `Normalize`, then the body. Initialised from torch's global generator.
 
     mean, std: per channel of images in [0, 1]; 0.5 and 0.25 if not given. spec: options of the network, e.g. width.
+    head: "linear", or "cosine" for a cosine classifier in place of the last linear layer.
     Raises ValueError for an unknown name or option.
     """
     rest = options("model", {"name": name, **spec}, MODELS, given=("num_classes", "channels"))
@@ -59,6 +78,10 @@ def build(
     if channels not in (1, 3):
         raise ValueError(f"channels={channels}: images have 1 or 3")
     body = MODELS[name](num_classes=num_classes, channels=channels, **rest)
+    if choose("head", head, ("linear", "cosine")) == "cosine":
+        where, _, at = [k for k, m in body.named_modules() if isinstance(m, nn.Linear)][-1].rpartition(".")
+        last = body.get_submodule(where)[int(at)]
+        body.get_submodule(where)[int(at)] = Cosine(last.in_features, num_classes, bias=False)
     return nn.Sequential(
         Normalize([0.5] * channels if mean is None else mean, [0.25] * channels if std is None else std), body
     )

@@ -32,13 +32,15 @@ from cfol_nb.stats import counts
 def check(config: RunConfig) -> None:
     """Raises ValueError, before any work, for a model, objective or method that is unknown or refuses its options."""
     own = options("method", config.method, METHODS, given=("labels", "num_classes", "seed", "examples"))
-    METHODS[config.method["name"]](torch.arange(1000), 1000, 0, 1, **own)  # refuses values that it cannot take
+    method = METHODS[config.method["name"]](torch.arange(1000), 1000, 0, 1, **own)  # refuses values it cannot take
+    if method.needs_parent and (config.parent is None or config.remake):
+        raise ValueError(f"method {config.method['name']!r} goes on from a trained network: give the run a parent")
     own = options("objective", config.objective, OBJECTIVES)
     OBJECTIVES[config.objective["name"]](**own)
     if config.remake is not None:
         options("remake", config.remake, REMAKES, given=("model", "images", "seed"))
     with torch.device("meta"):  # takes no memory and no time
-        build(num_classes=2, channels=3, **config.model)
+        method.start(build(num_classes=2, channels=3, **config.model))
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no CUDA device: use device='cpu' or 'auto'")
 
@@ -280,6 +282,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
     diverged = f"training diverged (lower lr={config.lr:g}, or the step size of {config.method}) in epoch"
     with _listening() as signals:
         model.train()
+        method.start(model)
         while step < total:
             lr = config.lr * config.schedule(step / total)
             for group in optimizer.param_groups:

@@ -19,11 +19,16 @@ class Method(nn.Module):
     will see, counting repeats. Subclasses pass these on as `*run, **named`; what else they take are their options.
     """
 
+    needs_parent = False  # whether it makes sense only for a run that starts from another one's weights
+
     def __init__(self, labels: Tensor, num_classes: int, seed: int = 0, examples: int = 0):
         super().__init__()
         self.run = labels, num_classes, seed, examples
         self.num_classes = num_classes
         self.sampler: nn.Module = Shuffle(len(labels), seed)
+
+    def start(self, model: nn.Module) -> None:
+        """What happens to the model, in training mode, before the first step, and when an interrupted run goes on."""
 
     def draw(self, n: int) -> Tensor:
         """(n,) int64: the indices of the next batch."""

@@ -6,14 +6,15 @@ On balanced data a technique that only knows how many images a class has is plai
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfol_nb.config import choose
 from cfol_nb.methods import Method, register
+from cfol_nb.models import Cosine, last_linear
 from cfol_nb.samplers import ClassSampler
 
 FLOOR, SMOOTH = (
@@ -52,6 +53,11 @@ def _share(value: float, what: str) -> float:
     return value
 
 
+def _less(logits: Tensor, y: Tensor, m: Tensor) -> Tensor:
+    """The logits with that of the own class y lowered by m_y."""
+    return logits.scatter_add(1, y.unsqueeze(1), -m.to(logits)[y].unsqueeze(1))
+
+
 @register("class-balanced")
 class ClassBalanced(LongTail):
     """Loss weighted by the inverse effective number, (1 - beta) / (1 - beta^n_c), mean 1 (Cui et al. 2019).
@@ -88,8 +94,8 @@ class LDAM(ClassBalanced):
 
     def adjust(self, logits: Tensor, y: Tensor) -> Tensor:
         m = self.n**-0.25
-        m = (self.margin * m / m.max()).to(logits)
-        return self.scale * (logits - m[y].unsqueeze(1) * F.one_hot(y, self.num_classes))
+        m = self.margin * m / m.max()
+        return self.scale * _less(logits, y, m)
 
 
 @register("balanced-softmax")
@@ -135,6 +141,110 @@ class Resampling(LongTail):
     def after_epoch(self, epoch: int, report: dict[str, Tensor]) -> None:
         super().after_epoch(epoch, report)
         self._set()
+
+
+@register("robal")
+class RoBal(LongTail):
+    """CE(s (cos - m_y e_y) + tau_b log pi, y), m_c = tau_m log(n_c / n_min) / s + m, pi_c = n_c / N (Wu et al. 2021).
+
+    For a model with head="cosine", whose logits are s cos. With objective "trades" this is RoBal whole.
+    """
+
+    def __init__(self, *run, tau_b: float = 1.5, tau_m: float = 0.3, margin: float = 0.1, **named):
+        super().__init__(*run, **named)
+        self.tau_b, self.tau_m, self.margin = tau_b, tau_m, margin
+
+    def start(self, model: nn.Module) -> None:
+        if not isinstance(last_linear(model), Cosine):
+            raise ValueError("robal needs a cosine classifier: give the model head='cosine'")
+
+    def adjust(self, logits: Tensor, y: Tensor) -> Tensor:
+        m = self.tau_m * (self.n / self.n.min()).log() + Cosine.SCALE * self.margin
+        return _less(logits, y, m) + self.tau_b * (self.n / self.n.sum()).log().to(logits)
+
+
+class _SecondStage(Resampling):
+    """Only the classifier learns, from class-aware draws; the features stay those of the run's parent."""
+
+    needs_parent = True
+
+    def start(self, model: nn.Module) -> None:
+        model.eval()  # batch statistics stay, too
+        model.requires_grad_(False)
+        last_linear(model).weight.requires_grad_(True)
+
+
+@register("crt")
+class CRT(_SecondStage):
+    """Classifier re-training (Kang et al. 2020): the last layer of the run's `parent`, begun anew unless `keep`."""
+
+    def __init__(self, *run, keep: bool = False, **named):
+        super().__init__(*run, **named)
+        self.keep = keep
+        self.register_buffer("begun", torch.zeros((), dtype=torch.bool))
+
+    def start(self, model: nn.Module) -> None:
+        super().start(model)
+        head = last_linear(model)
+        if head.bias is not None:
+            head.bias.requires_grad_(True)
+        if not self.keep and not self.begun:
+            head.reset_parameters()
+        self.begun.fill_(True)
+
+
+@register("lws")
+class LWS(_SecondStage):
+    """Learnable weight scaling (Kang et al. 2020): one factor per class on the weights of the last layer of the parent.
+
+    The gradient is projected on the weights at the start, which for SGD is the same as learning the factors.
+    """
+
+    direction: Tensor | None = None
+
+    def start(self, model: nn.Module) -> None:
+        super().start(model)
+        weight = last_linear(model).weight
+        if self.direction is None:
+            self.direction = weight.detach().clone()
+        self.direction = self.direction.to(weight)
+        weight.register_hook(lambda grad: (grad * self.direction).sum(1, keepdim=True) * self.direction)
+
+    def get_extra_state(self) -> dict:
+        return {"direction": self.direction}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.direction = state["direction"]
+
+
+# -- after training ----------------------------------------------------------------------------------------------------
+
+
+def tau_normalised(model: nn.Module, tau: float = 1.0) -> nn.Module:
+    """A copy whose class weights are w_c / |w_c|^tau, without bias (Kang et al. 2020)."""
+    model = copy.deepcopy(model)
+    head = last_linear(model)
+    with torch.no_grad():
+        head.weight /= head.weight.norm(dim=1, keepdim=True) ** tau
+        if head.bias is not None:
+            head.bias.zero_()
+    return model
+
+
+class LogitAdjusted(nn.Module):
+    """Predicts argmax z_c - tau log pi_c (post-hoc logit adjustment, Menon et al. 2021); n: (K,) counts, pi = n / N."""
+
+    def __init__(self, model: nn.Module, n: Tensor, tau: float = 1.0):
+        super().__init__()
+        self.model = model
+        self.register_buffer("shift", tau * (n / n.sum()).log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        return logits - self.shift.to(logits)
+
+
+# -- weights on the loss -----------------------------------------------------------------------------------------------
 
 
 @register("focal")
