@@ -93,7 +93,7 @@ def test_the_pseudo_count_follows_the_held_out_accuracy(name):
     accuracy = torch.tensor([0.9, 0.6, 0.3, 0.0], dtype=torch.float64)
     want = 40 * np.array([0.9, 0.6, 0.3, FLOOR]) / (1.8 + FLOOR)
     method.after_epoch(1, {"robust": accuracy, "clean": accuracy.flip(0)})
-    np.testing.assert_allclose(method.trace()["n"], SMOOTH * 10 + (1 - SMOOTH) * want)
+    np.testing.assert_allclose(method.trace()["n_c"], SMOOTH * 10 + (1 - SMOOTH) * want)
     for epoch in range(60):
         method.after_epoch(epoch, {"robust": accuracy, "clean": accuracy.flip(0)})
     np.testing.assert_allclose(method.n, want, rtol=1e-4)

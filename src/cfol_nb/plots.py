@@ -113,10 +113,23 @@ def life_of_p(p: pd.DataFrame, top: int = 3) -> Figure:
     return fig
 
 
-def trade(groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str | None = None) -> Figure:
-    """Mean against worst class under attack: a large point per group with its 95 % intervals, a small one per run."""
-    fig, ax = plt.subplots(figsize=(8, 4.8))
-    colours = dict(zip(groups, sns.color_palette("deep", len(groups)), strict=True))
+def trade(groups: Mapping[str, Outcomes | Sequence[Outcomes]], *attacks: str) -> Figure:
+    """Mean against worst class, a panel per attack (the last one if none is named; "clean" for none).
+
+    A large point per group with its 95 % intervals, a small one per run; the line is the Pareto front of the large
+    ones: no group is better than one on it in both.
+    """
+    attacks = attacks or (last_attack(_listed(next(iter(groups.values())))[0]),)
+    fig, axes = plt.subplots(1, len(attacks), figsize=(8 * len(attacks), 4.8), squeeze=False)
+    for ax, attack in zip(axes[0], attacks, strict=True):
+        _trade(ax, groups, attack)
+        under = "on clean images" if attack == "clean" else f"under {attack}"
+        ax.set(xlabel=f"mean accuracy {under}", ylabel=f"worst class {under}")
+    return fig
+
+
+def _trade(ax: plt.Axes, groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str) -> None:
+    colours = dict(zip(groups, sns.color_palette("husl" if len(groups) > 10 else "deep", len(groups)), strict=True))
     ends = []
     for label, several in groups.items():
         table, colour = summary(several, attack), colours[label]
@@ -137,7 +150,8 @@ def trade(groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str | Non
             zorder=3,
         )
         ends.append((w.value, m.value, label))
-    ax.set(xlabel="mean accuracy under attack", ylabel="worst class under attack")
+    front = np.array([(x, y) for y, x, _ in sorted(ends) if not any(v > y and u > x for v, u, _ in ends)])
+    ax.plot(*front.T, color="#444444", lw=1, ls="--", zorder=1)
     ax.margins(0.08)
     low, high = ax.get_ylim()
     right, at = ax.get_xlim()[1], np.inf
@@ -155,7 +169,6 @@ def trade(groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str | Non
             arrowprops={"arrowstyle": "-", "color": (*colours[label], 0.5), "lw": 0.8, "shrinkB": 5},
         )
     ax.set_ylim(min(low, at - 0.05 * (high - low)), high)
-    return fig
 
 
 def radii(table: pd.DataFrame, weakest: str | None = None) -> Figure:

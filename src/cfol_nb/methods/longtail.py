@@ -44,7 +44,7 @@ class LongTail(Method):
             self.n.lerp_(self.n.sum() * accuracy / accuracy.sum(), 1 - SMOOTH)
 
     def trace(self) -> dict[str, Tensor]:
-        return {"n": self.n}
+        return {"n_c": self.n}
 
 
 def _share(value: float, what: str) -> float:
