@@ -75,7 +75,8 @@ def test_defaults_fit_the_data_set():
         ({"schedule": {"name": "cyclic", "cycles": 0}}, "cycles"),
         ({"remake": "matched"}, "needs a parent"),
         ({"parent": {"model": "mlp"}}, "do not fit"),
-        ({"parent": {}, "without": ["3"]}, "other classes"),
+        ({"parent": {}, "without": ["3"]}, "another without"),
+        ({"parent": {"holdout": 0.3}}, "held out here"),
         ({"parent": {"epochs": 0}}, "epochs"),
     ],
 )

@@ -15,7 +15,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from cfol_nb import cli
-from cfol_nb.files import ROOT
+from cfol_nb.files import ROOT, read_json
+from cfol_nb.stats import counts, headline
+from cfol_nb.suite import listing, published
 
 README = (ROOT / "README.md").read_text()
 LOCK = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines()]
@@ -212,11 +214,43 @@ def test_readmes_table_is_the_stored_headline():
         assert values == stored[label]
 
 
-def test_readmes_figure_is_the_stored_one():
-    cells = nbformat.read(ROOT / "notebooks/04_cfol.ipynb", 4).cells
-    drawn = next(c for c in cells if "plots.class_accuracies" in c.source)
+def test_readmes_table_of_cifar10_is_that_of_the_published_runs():
+    shown = re.search(r"<!-- cifar10 -->\n(.*?)<!-- /cifar10 -->", README, re.S)[1].strip().splitlines()
+    usual = listing(published()).query("dataset == 'cifar10' and objective == 'at' and variant == ''")
+    usual = usual[usual["network"].eq("preactresnet18 16")]
+    for line, method in zip(shown[2:], ("erm", "cfol 40.0"), strict=True):
+        (outcomes,) = usual[usual["method"].eq(method)]["outcomes"]
+        assert [x.strip() for x in line.strip("|").split("|")][1:] == headline({"": outcomes}).iloc[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("notebook", "call", "picture"),
+    [
+        ("01_class_discrepancy", "plots.deviations(on_cifar)", "discrepancy.png"),
+        ("02_why_classes_differ", "plots.explanations", "why.png"),
+        ("04_cfol", "plots.class_accuracies", "classes.png"),
+    ],
+)
+def test_readmes_figures_are_the_stored_ones(notebook, call, picture):
+    cells = nbformat.read(ROOT / f"notebooks/{notebook}.ipynb", 4).cells
+    drawn = next(c for c in cells if call in c.source)
     image = next(o.data["image/png"] for o in drawn.outputs if "image/png" in o.get("data", {}))
-    assert (ROOT / "docs/classes.png").read_bytes() == base64.b64decode(image)
+    assert (ROOT / "docs" / picture).read_bytes() == base64.b64decode(image)
+
+
+def test_published_runs_are_whole_and_say_where_they_come_from():
+    runs = published()
+    assert runs
+    for run in runs:
+        kept = read_json(run.folder)
+        assert run.provenance["commit"]
+        assert run.provenance["dirty"] is False
+        assert len(run.history) == run.config.epochs
+        for which, correct in kept["correct"].items():
+            for attack, numbers in correct.items():
+                right, n = counts(run.outcomes[which], attack)
+                assert right.tolist() == numbers
+                assert n.tolist() == kept["n"]
 
 
 def test_readme_names_what_exists():

@@ -318,6 +318,20 @@ def test_a_run_learns_from_images_remade_by_its_parent(tiny):
     assert (right.outcomes["last"].correct("clean")).mean() > 0.85
     assert (wrong.outcomes["last"].correct("clean")).mean() < 0.5
     with pytest.raises(ValueError, match="no option 'radius'"):
-        compute([tiny(parent=parent, remake={"name": "d_det", "radius": 1})])
+        compute([tiny(parent=tiny(), remake={"name": "d_det", "radius": 1})])
     with pytest.raises(ValueError, match="did you mean 'matched'"):
-        compute([tiny(parent=parent, remake="match")])
+        compute([tiny(parent=tiny(), remake="match")])
+
+
+def test_a_parent_that_fails_stops_its_children_alone(tiny):
+    bad = tiny(lr=1e30, dtype="float32", seed=7)  # it diverges
+    with pytest.raises(RunsFailed, match="its parent failed") as failed:
+        compute([tiny(parent=bad, epochs=1, dtype="float32"), tiny(seed=1)])
+    assert [r.config.seed for r in failed.value.runs] == [1]
+
+
+def test_what_a_child_cannot_do_is_refused_before_its_parent_is_trained(tiny):
+    parent = tiny(seed=8)
+    with pytest.raises(ValueError, match="batch_size=500"):
+        compute([tiny(parent=parent, batch_size=500)])
+    assert not whole(folder_of(parent))

@@ -125,22 +125,25 @@ def test_a_listing_names_what_is_unusual_about_a_run():
         {"optimizer": "adam", "lr": 0.003},
         {"schedule": "cyclic", "weight_decay": 1e-5},
         {"without": ["3", "8"]},
-        {"eps": 0.2, "method": "cfol", "seed": 1},
-        {"epochs": 9, "train_limit": 30, "dtype": "float32"},  # sizes are not told
-        {"parent": {}, "remake": {"name": "matched", "steps": 3}, "objective": "clean", "model": "mlp"},
+        {"eps": 0.2, "method": {"name": "cfol", "drift": 9}, "seed": 1},
+        {"epochs": 9, "train_limit": 30, "dtype": "float32"},
+        {"parent": {}, "remake": {"name": "matched", "steps": 3}, "objective": "clean"},
+        {"model": {"name": "smallcnn", "width": 32}, "norm": "l2", "eps": 0.5},
     ]
     runs = [Run(RunConfig(**g), Path("x"), [], 0, {"last": str(i)}, {}) for i, g in enumerate(given)]
     table = suite.listing(runs)
-    variants = [
+    assert table["variant"].tolist() == [
         "",
-        "optimizer adam",
-        "schedule cyclic, weight_decay 1e-05",
-        "without 3, 8",
+        "lr 0.003, optimizer adam",
+        "weight_decay 1e-05, schedule cyclic",
+        "without 3 8",
         "eps 0.2",
         "",
-        "remake matched",
+        f"parent {RunConfig().hash()}, remake matched 3",
+        "norm l2, eps 0.5",
     ]
-    assert table["variant"].tolist() == variants
-    assert table["outcomes"].tolist() == list("0123456")
-    assert table.loc[6, ["network", "objective", "method", "dataset"]].tolist() == ["mlp", "clean", "erm", "digits"]
-    assert table.query("method == 'cfol'")["seed"].tolist() == [1]
+    assert table["size"].tolist() == ["", "", "", "", "", "train_limit 30, epochs 9, dtype float32", "", ""]
+    assert table["network"].tolist() == ["smallcnn"] * 7 + ["smallcnn 32"]
+    assert table["method"].tolist()[4] == "cfol 9"
+    assert table["outcomes"].tolist() == list("01234567")
+    assert table.query("seed == 1")["variant"].tolist() == ["eps 0.2"]

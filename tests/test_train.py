@@ -135,12 +135,16 @@ def test_hooks_of_a_method_reach_the_loop(tiny, images):
     assert seen == {"steps": 4 * (len(images[0]) // 64), "epochs": [2, 4]}
 
 
-@pytest.mark.parametrize("method", ["erm", "cfol", "fol"])
+DEFERRED, FAIR = {"name": "class-balanced", "start": 0.4}, {"name": "fair-weights", "split": "train"}
+
+
+@pytest.mark.parametrize("method", ["erm", "cfol", "fol", "resampling", DEFERRED, FAIR], ids=str)
 @pytest.mark.parametrize("stop_at", [1, 5])
 def test_sigterm_and_ctrl_c_stop_after_a_step_and_the_run_goes_on_to_the_same_bytes(
     tiny, images, tmp_path, method, stop_at
 ):
-    config, path = tiny(method=method, epochs=3, batch_size=48, ema=0.9), tmp_path / "c.safetensors"
+    adam = {"optimizer": "adam", "lr": 0.01} if method == FAIR else {}
+    config, path = tiny(method=method, epochs=3, batch_size=48, ema=0.9, **adam), tmp_path / "c.safetensors"
     straight = train(config, *images)
 
     def kill(done, total):

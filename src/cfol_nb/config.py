@@ -231,8 +231,12 @@ class RunConfig(_Strict):
             raise ValueError("the attack name 'clean' is taken: clean images are always evaluated")
         if self.remake is not None and self.parent is None:
             raise ValueError("remake needs a parent: the run whose features the images shall have")
-        if self.parent and (self.parent.dataset, self.parent.without) != (self.dataset, self.without):
-            raise ValueError("the parent has other classes: its data set, and what is left out of it, must be the same")
+        for field in ("dataset", "without", "image_size", "split_seed", "holdout", "train_limit"):
+            if self.parent and getattr(self.parent, field) != getattr(self, field):
+                raise ValueError(
+                    f"the parent has another {field}: it would have other classes, or have learnt from images that are "
+                    "held out here"
+                )
         if self.parent and self.remake is None and self.parent.model != self.model:
             raise ValueError(f"the parent is a {self.parent.model}, this run a {self.model}: its weights do not fit")
         return self

@@ -113,11 +113,14 @@ def make_step(
         loss, options = objective.attack_loss, {"generator": generator, "check": False}
         return pgd(attacked, x, y, eps, step, config.steps, config.norm, loss, **options)
 
+    def adjust(logits: Tensor, y: Tensor) -> Tensor:  # bfloat16 is too coarse for margins and priors
+        return method.adjust(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
+
     def step(pixels: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x = as_float(augment(pixels, crop, flip, generator), dtype, device)
         with low_precision:
             x_adv = attack(x, y)
-            losses, logits = objective(trained, x, x_adv, y, method.adjust)
+            losses, logits = objective(trained, x, x_adv, y, adjust)
         loss = method.reduce(losses, y, logits)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -61,7 +61,8 @@ def class_similarity(model: nn.Module, images: ImageSet) -> dict[str, np.ndarray
 def difficulty(images: ImageSet, folds: int = 5) -> pd.DataFrame:
     """How well each class is told apart without a network: rows are classes, columns cross-validated accuracies.
 
-    "neighbour": the class of the nearest other image in pixels. "linear": a ridge classifier on standardised pixels.
+    "neighbour": the class of the nearest image, in pixels, of the other folds.
+    "linear": a ridge classifier on standardised pixels.
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.model_selection import StratifiedKFold, cross_val_predict

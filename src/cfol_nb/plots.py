@@ -227,7 +227,7 @@ def gallery(x, x_adv, names: Sequence[str], predicted: Sequence[str], radius: np
 
 
 def deviations(groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str | None = None) -> Figure:
-    """One panel per group: how far each class lies from the mean (Benz et al. 2021), with a bootstrap over runs' means.
+    """One panel per group: how far each class lies from the mean (Benz et al. 2021), averaged over runs.
 
     Classes stand in the order of the last group, its weakest at the bottom; the bar is Wilson's 95 % interval for the
     test images of the class. The weakest class of each panel is in colour, and the title gives the worst deviation and

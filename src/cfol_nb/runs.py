@@ -94,12 +94,12 @@ class Run:
         )
 
     def model(self, which: str = "selected") -> nn.Module:
-        """The trained network on the CPU, in eval mode; which: "last", "selected" or "ema"."""
+        """The trained network in eval mode, on the run's device if it is here; which: "last", "selected" or "ema"."""
         tensors, meta = read_tensors(self.folder / "weights.safetensors")
         state = {k.removeprefix(f"{which}."): v for k, v in tensors.items() if k.startswith(f"{which}.")}
         model = make_model(self.config, **meta["build"])
         model.load_state_dict(state)
-        return model.eval()
+        return model.to("cuda" if self.config.device == "cuda" and torch.cuda.is_available() else "cpu").eval()
 
     def curve(self, name: str) -> pd.DataFrame:
         """A trace by epoch (rows) and class (columns): "p", or the held-out accuracies "clean" and "robust"."""
@@ -246,7 +246,8 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
     parent = Run.load(folder_of(config.parent)).model("last").to(config.device) if config.parent else None
     if config.remake:
         own = {k: v for k, v in config.remake.items() if k != "name"}
-        train_images = REMAKES[config.remake["name"]](parent, train_images, seed=config.seed, **own)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            train_images = REMAKES[config.remake["name"]](parent, train_images, seed=config.seed, **own)
     checkpoint = folder / "checkpoint.safetensors"
     trained = train(
         config,
@@ -372,8 +373,6 @@ def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, c
     configs = [resolve(c) for c in configs]
     for config in configs:
         check(config)
-    if parents := [c.parent for c in configs if c.parent and not whole(folder_of(c))]:
-        compute(parents, executor, checkpoint_every=checkpoint_every)
     folders = {c.key(): folder_of(c) for c in configs}
     missing = {k: c for c in configs if not whole(folders[k := c.key()])}
     data = ("dataset", "image_size", "split_seed", "holdout", "train_limit", "test_limit", "imbalance", "without")
@@ -384,9 +383,16 @@ def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, c
                 f"batch_size={config.batch_size} is larger than the training split of {len(images)} images"
             )
     reasons: dict[str, str] = {}
+    if parents := {c.key(): c.parent for c in missing.values() if c.parent}:
+        try:
+            compute(list(parents.values()), executor, checkpoint_every=checkpoint_every)
+        except RunsFailed as failed:
+            orphans = [k for k, parent in parents.items() if not whole(folder_of(parent))]
+            reasons = dict.fromkeys(orphans, f"its parent failed: {failed}")
+            missing = {k: c for k, c in missing.items() if k not in reasons}
     if missing:
         with bar(len(missing), "runs") as progress:
-            reasons = _compute_missing(missing, folders, executor, checkpoint_every, progress)
+            reasons |= _compute_missing(missing, folders, executor, checkpoint_every, progress)
     runs = []
     for key in (c.key() for c in configs):
         if key not in reasons:

@@ -105,6 +105,8 @@ def mantel(a: np.ndarray, b: np.ndarray, *, draws: int = 10_000, seed: int = 0) 
     off = ~np.eye(k, dtype=bool)
     x = np.asarray(a, float)[off]
     orders = [np.arange(k), *(rng.permutation(k) for _ in range(draws))]
+    if not x.std() * np.asarray(b, float)[off].std():
+        return pd.Series({"r": np.nan, "p": np.nan})  # a constant correlates with nothing
     r = np.array([np.corrcoef(x, np.asarray(b, float)[np.ix_(o, o)][off])[0, 1] for o in orders])
     return pd.Series({"r": r[0], "p": np.mean(r >= r[0] - 1e-12)})  # the given order is among them: p is never 0
 
@@ -220,7 +222,8 @@ def _statistics(
 
 
 def _ends(parts: tuple[np.ndarray, ...], confidence: float, difference: bool) -> tuple[float, float]:
-    """The interval that `summary` describes. Single statistics as angles, in which errors have one size everywhere."""
+    """The interval that `summary` describes. Shares as angles, in which errors have one size everywhere; differences,
+    of which "deviation" is one, as they are."""
     value, draws, moved, still = parts
     to, back = (np.asarray, np.asarray) if difference else (_angle, _accuracy)
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
@@ -267,7 +270,7 @@ def summary(
         theirs = _statistics(observed[n:], sampled[:, n:], images, runs)
         table = {k: tuple(a - b for a, b in zip(table[k], theirs[k], strict=True)) for k in table}
     rows = [
-        (name, float(p[0]), *_ends(p, confidence, bool(others)), float(np.mean(p[2]) - p[3]), n)
+        (name, float(p[0]), *_ends(p, confidence, bool(others) or name == "deviation"), float(np.mean(p[2]) - p[3]), n)
         for name, p in table.items()
     ]
     return pd.DataFrame(rows, columns=["statistic", "value", "low", "high", "bias", "seeds"]).set_index("statistic")
@@ -315,10 +318,11 @@ def cosines(
         replicates = corrected(drawn, a, b, 2)  # they hold the noise of the images twice
         low = np.quantile(np.nan_to_num(replicates, nan=-1), (1 - confidence) / 2)
         high = np.quantile(np.nan_to_num(replicates, nan=1), (1 + confidence) / 2)
-        p = (1 + np.sum(by_chance >= value - 1e-12)) / (1 + len(by_chance))
+        p = (1 + np.sum(by_chance >= value - 1e-12)) / (1 + len(by_chance)) if np.isfinite(value) else np.nan
         chance = float(np.quantile(by_chance, confidence))
         rows.append((a, b, value, float(corrected(seen, a, b, 1)), low, high, chance, p))
-    return pd.DataFrame(rows, columns=["a", "b", "cosine", "corrected", "low", "high", "chance", "p"])
+    numbers = ["cosine", "corrected", "low", "high", "chance", "p"]
+    return pd.DataFrame(rows, columns=["a", "b", *numbers]).astype(dict.fromkeys(numbers, float))
 
 
 def discrepancy(
@@ -351,22 +355,27 @@ def weakest(outcomes: Outcomes | Sequence[Outcomes], attack: str | None = None) 
     return several[0].class_names[int(np.nanargmin(np.mean([accuracies(o, attack) for o in several], 0)))]
 
 
-def headline(groups: Mapping[str, Sequence[Outcomes]], attack: str | None = None) -> pd.DataFrame:
-    """Text table: mean, 20 % tail and worst class of each group, clean and robust, as 'per cent [95 % interval]'."""
+def stated(
+    groups: Mapping[str, Outcomes | Sequence[Outcomes]],
+    statistics: Sequence[str] = ("mean", "tail", "worst"),
+    attack: str | None = None,
+) -> pd.DataFrame:
+    """Text table: a row per group, the statistics of `summary` as 'per cent [95 % interval]'."""
 
     def cell(row) -> str:
         return f"{100 * row.value:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]"
 
-    rows = {}
-    for label, several in groups.items():
-        several = _listed(several)
-        robust = attack or last_attack(several[0])
-        rows[label] = {
-            f"{kind} {name}": cell(table.loc[name])
-            for kind, table in (("clean", summary(several, "clean")), ("robust", summary(several, robust)))
-            for name in ("mean", "tail", "worst")
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
+    tables = {label: summary(several, attack) for label, several in groups.items()}
+    return pd.DataFrame.from_dict(
+        {label: {name: cell(t.loc[name]) for name in statistics} for label, t in tables.items()}, orient="index"
+    )
+
+
+def headline(groups: Mapping[str, Sequence[Outcomes]], attack: str | None = None) -> pd.DataFrame:
+    """Text table: mean, 20 % tail and worst class of each group, clean and robust, as 'per cent [95 % interval]'."""
+    kinds = {"clean": "clean", "robust": attack or last_attack(_listed(next(iter(groups.values())))[0])}
+    parts = [stated(groups, attack=name).add_prefix(f"{kind} ") for kind, name in kinds.items()]
+    return pd.concat(parts, axis=1)
 
 
 # -- two runs ----------------------------------------------------------------------------------------------------------

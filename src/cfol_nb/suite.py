@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from pydantic import BaseModel
 
 from cfol_nb.config import RunConfig
 from cfol_nb.data import prepare
@@ -98,24 +99,41 @@ def published(results: Path | None = None) -> list[Run]:
     return out
 
 
+_SIZES = ("image_size", "train_limit", "test_limit", "epochs", "batch_size", "dtype")
+_OWN = ("dataset", "model", "objective", "method", "seed", "attacks", "device", "engine", *_SIZES)
+
+
 def listing(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row per run, to choose from: dataset, network, objective, method, variant (settings that are not the data
-    set's usual ones, sizes aside; empty if none), seed, outcomes (of the last weights), run."""
-    telling = ("optimizer", "schedule", "weight_decay", "norm", "eps", "imbalance", "without", "remake", "select")
+    """One row per run, to choose from: dataset, network, objective, method, variant, size, seed, outcomes (of the last
+    weights), run.
+
+    variant: all other settings that are not the data set's usual ones; empty if none. size: those of how much was
+    computed, likewise. Rows that differ in the seed alone are runs of one configuration.
+    """
+
+    def said(value) -> str:
+        if isinstance(value, RunConfig):
+            return value.hash()
+        value = value.model_dump(exclude_defaults=True) if isinstance(value, BaseModel) else value
+        value = [value["name"], *(v for k, v in value.items() if k != "name")] if isinstance(value, dict) else value
+        return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
     rows = []
     for run in runs:
-        c, usual = run.config, RunConfig(dataset=run.config.dataset)
-        given = {k: getattr(c, k) for k in telling if getattr(c, k) != getattr(usual, k)}
-        words = [f"{k} {getattr(v, 'name', v['name'] if isinstance(v, dict) else v)}" for k, v in given.items()]
-        if c.without:
-            words[list(given).index("without")] = f"without {', '.join(c.without)}"
+        c, usual = (
+            run.config,
+            RunConfig(**{"dataset": run.config.dataset, "eps": run.config.eps, "norm": run.config.norm}),
+        )
+        usual = usual.model_copy(update={"eps": RunConfig(dataset=c.dataset).eps, "norm": "linf"})
+        given = {k: said(getattr(c, k)) for k in RunConfig.model_fields if getattr(c, k) != getattr(usual, k)}
         rows.append(
             {
                 "dataset": Path(c.dataset.removeprefix("imagefolder:")).name,
-                "network": c.model["name"],
-                "objective": c.objective["name"],
-                "method": c.method["name"],
-                "variant": ", ".join(words),
+                "network": said(c.model),
+                "objective": said(c.objective),
+                "method": said(c.method),
+                "variant": ", ".join(f"{k} {v}" for k, v in given.items() if k not in _OWN),
+                "size": ", ".join(f"{k} {v}" for k, v in given.items() if k in _SIZES),
                 "seed": c.seed,
                 "outcomes": run.outcomes["last"],
                 "run": run,

@@ -258,13 +258,16 @@ class Focal(Method):
         self.gamma = gamma
 
     def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
-        p = logits.softmax(1).gather(1, y.unsqueeze(1)).squeeze(1).to(losses)
-        return ((1 - p) ** self.gamma * losses).mean()
+        p = logits.to(losses).softmax(1).gather(1, y.unsqueeze(1)).squeeze(1)
+        return ((1 - p).clamp_min(torch.finfo(p.dtype).eps) ** self.gamma * losses).mean()
 
 
 @register("fixed-weights")
 class FixedWeights(Method):
-    """Loss weighted by class, 1 if not given; weights: label -> number >= 0, {"3": 10} (Benz et al. 2021, Table 1)."""
+    """Loss weighted by class, 1 if not given; weights: label -> number >= 0, {"3": 10} (Benz et al. 2021, Table 1).
+
+    A label is the position of a class among those that are trained.
+    """
 
     def __init__(self, *run, weights: Mapping[str, float] | None = None, **named):
         super().__init__(*run, **named)
@@ -285,8 +288,8 @@ class FairWeights(FixedWeights):
     """After each epoch the weight of a class grows by alpha if its accuracy is at most the overall one, else it falls
     by alpha, never below 0 (Benz et al. 2021, equation 1, which would go negative).
 
-    judged: "robust" or "clean" accuracy; split: "held", or "train" for the accuracy that the epoch's own steps met,
-    under the training attack. The paper leaves both open.
+    judged: "robust" or "clean" accuracy on the held-out split, overall being the mean over classes; split: "held", or
+    "train" for the accuracy that the epoch's own steps met, under the training attack. The paper leaves both open.
     """
 
     def __init__(self, *run, alpha: float = 0.05, judged: str = "robust", split: str = "held", **named):
