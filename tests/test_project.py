@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 
 from cfol_nb import cli
 from cfol_nb.files import ROOT, read_json
-from cfol_nb.stats import counts, headline
+from cfol_nb.stats import counts, headline, summary
 from cfol_nb.suite import listing, published
 
 README = (ROOT / "README.md").read_text()
@@ -218,9 +218,12 @@ def test_readmes_table_of_cifar10_is_that_of_the_published_runs():
     shown = re.search(r"<!-- cifar10 -->\n(.*?)<!-- /cifar10 -->", README, re.S)[1].strip().splitlines()
     usual = listing(published()).query("dataset == 'cifar10' and objective == 'at' and variant == ''")
     usual = usual[usual["network"].eq("preactresnet18 16")]
+    outcomes = usual.set_index("method")["outcomes"]
     for line, method in zip(shown[2:], ("erm", "cfol 40.0"), strict=True):
-        (outcomes,) = usual[usual["method"].eq(method)]["outcomes"]
-        assert [x.strip() for x in line.strip("|").split("|")][1:] == headline({"": outcomes}).iloc[0].tolist()
+        assert [x.strip() for x in line.strip("|").split("|")][1:] == headline({"": outcomes[method]}).iloc[0].tolist()
+    gain = 100 * summary(outcomes["cfol 40.0"], versus=outcomes["erm"])
+    worst, mean = (f"{g.value:+.1f} [{g.low:.1f}, {g.high:.1f}]" for g in (gain.loc["worst"], gain.loc["mean"]))
+    assert f"worst class {worst} points, mean {mean}." in README
 
 
 @pytest.mark.parametrize(
