@@ -266,7 +266,8 @@ class Focal(Method):
 class FixedWeights(Method):
     """Loss weighted by class, 1 if not given; weights: label -> number >= 0, {"3": 10} (Benz et al. 2021, Table 1).
 
-    A label is the position of a class among those that are trained.
+    A label is the position of a class among those that are trained. As in torch's `cross_entropy(weight=...)` the sum is
+    divided by the weights of the batch: otherwise a weight of 10 would multiply the step, too.
     """
 
     def __init__(self, *run, weights: Mapping[str, float] | None = None, **named):
@@ -280,7 +281,8 @@ class FixedWeights(Method):
             self.weights[int(label)] = weight
 
     def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
-        return (self.weights[y].to(losses) * losses).mean()
+        weight = self.weights[y].to(losses)
+        return (weight * losses).sum() / weight.sum().clamp_min(torch.finfo(losses.dtype).tiny)
 
 
 @register("fair-weights")
