@@ -266,8 +266,8 @@ class Focal(Method):
 class FixedWeights(Method):
     """Loss weighted by class, 1 if not given; weights: label -> number >= 0, {"3": 10} (Benz et al. 2021, Table 1).
 
-    A label is the position of a class among those that are trained. As in torch's `cross_entropy(weight=...)` the sum is
-    divided by the weights of the batch: otherwise a weight of 10 would multiply the step, too.
+    A label is the position of a class among those that are trained. As in torch's `cross_entropy(weight=...)` the sum
+    is divided by the weights of the batch: otherwise a weight of 10 would multiply the step, too.
     """
 
     def __init__(self, *run, weights: Mapping[str, float] | None = None, **named):
