@@ -129,6 +129,7 @@ def test_a_listing_names_what_is_unusual_about_a_run():
         {"epochs": 9, "train_limit": 30, "dtype": "float32"},
         {"parent": {}, "remake": {"name": "matched", "steps": 3}, "objective": "clean"},
         {"model": {"name": "smallcnn", "width": 32}, "norm": "l2", "eps": 0.5},
+        {"imbalance": {"factor": 10}},
     ]
     runs = [Run(RunConfig(**g), Path("x"), [], 0, {"last": str(i)}, {}) for i, g in enumerate(given)]
     table = suite.listing(runs)
@@ -141,9 +142,10 @@ def test_a_listing_names_what_is_unusual_about_a_run():
         "",
         f"parent {RunConfig().hash()}, remake matched 3",
         "norm l2, eps 0.5",
+        "imbalance 10.0",
     ]
-    assert table["size"].tolist() == ["", "", "", "", "", "train_limit 30, epochs 9, dtype float32", "", ""]
-    assert table["network"].tolist() == ["smallcnn"] * 7 + ["smallcnn 32"]
+    assert table["size"].tolist() == ["", "", "", "", "", "train_limit 30, epochs 9, dtype float32", "", "", ""]
+    assert table["network"].tolist() == ["smallcnn"] * 7 + ["smallcnn 32", "smallcnn"]
     assert table["method"].tolist()[4] == "cfol 9"
-    assert table["outcomes"].tolist() == list("01234567")
+    assert table["outcomes"].tolist() == list("012345678")
     assert table.query("seed == 1")["variant"].tolist() == ["eps 0.2"]

@@ -115,16 +115,15 @@ def listing(runs: Sequence[Run]) -> pd.DataFrame:
         if isinstance(value, RunConfig):
             return value.hash()
         value = value.model_dump(exclude_defaults=True) if isinstance(value, BaseModel) else value
-        value = [value["name"], *(v for k, v in value.items() if k != "name")] if isinstance(value, dict) else value
+        if isinstance(value, dict):  # the name first
+            value = [v for k, v in sorted(value.items(), key=lambda item: item[0] != "name")]
         return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
     rows = []
     for run in runs:
-        c, usual = (
-            run.config,
-            RunConfig(**{"dataset": run.config.dataset, "eps": run.config.eps, "norm": run.config.norm}),
-        )
-        usual = usual.model_copy(update={"eps": RunConfig(dataset=c.dataset).eps, "norm": "linf"})
+        c = run.config
+        usual = RunConfig(dataset=c.dataset, eps=c.eps)  # the attack's step follows from the radius
+        usual = usual.model_copy(update={"eps": RunConfig(dataset=c.dataset).eps})
         given = {k: said(getattr(c, k)) for k in RunConfig.model_fields if getattr(c, k) != getattr(usual, k)}
         rows.append(
             {

@@ -17,10 +17,8 @@ from cfol_nb.methods import Method, register
 from cfol_nb.models import Cosine, last_linear
 from cfol_nb.samplers import ClassSampler
 
-FLOOR, SMOOTH = (
-    0.05,
-    0.8,
-)  # of the pseudo-count: least accuracy that counts, and share that a look leaves of the old one
+# of the pseudo-count: the least accuracy that counts, and the share of the old one that a look leaves
+FLOOR, SMOOTH = 0.05, 0.8
 
 
 class LongTail(Method):
