@@ -174,6 +174,9 @@ def test_headline_and_weakest():
     assert list(table.columns) == [f"{a} {b}" for a in ("clean", "robust") for b in ("mean", "tail", "worst")]
     assert table.loc["A", "robust mean"].startswith(f"{100 * stats.summary(groups['A']).loc['mean', 'value']:.1f} [")
     assert stats.weakest(groups["A"]) == "c0"
+    value, low, high = stats.summary(groups["A"][0], versus=groups["B"]).loc["worst", ["value", "low", "high"]] * 100
+    gained = stats.stated({"A": groups["A"][0], "B": groups["B"]}, ["worst"], versus=groups["B"])["worst"]
+    assert list(gained) == [f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", "+0.0 [+0.0, +0.0]"]
 
 
 def test_runs_on_other_images_are_not_compared():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,14 +12,41 @@ from torch import Tensor, nn
 
 from cfol_nb.config import check_radius, choose
 
+_using_one: list[int] = []  # how many threads torch had, once for each block that is open and needs one
+_counting = threading.Lock()
+
+
+@contextlib.contextmanager
+def one_thread(needed: bool = True) -> Iterator[None]:
+    """One thread for torch's operations, if needed; several such blocks may overlap in threads.
+
+    Small networks in float64 gain little from two, and lose most of their time to waiting as soon as another process
+    wants a core.
+    """
+    if not needed:
+        yield
+        return
+    with _counting:
+        _using_one.append(_using_one[0] if _using_one else torch.get_num_threads())
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _counting:
+            before = _using_one.pop()
+            if not _using_one:
+                torch.set_num_threads(before)
+
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards every submodule is in the mode that it had."""
+    """The model in eval mode (in float64 on the CPU, on one thread); after it every submodule in the mode it had."""
     modes = [(m, m.training) for m in model.modules()]
+    weight = next(model.parameters(), torch.empty(0))
     model.eval()
     try:
-        yield
+        with one_thread(weight.dtype == torch.float64 and weight.device.type == "cpu"):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

@@ -113,23 +113,27 @@ def life_of_p(p: pd.DataFrame, top: int = 3) -> Figure:
     return fig
 
 
-def trade(groups: Mapping[str, Outcomes | Sequence[Outcomes]], *attacks: str) -> Figure:
+def trade(groups: Mapping[str, Outcomes | Sequence[Outcomes]], *attacks: str, reference: Sequence[str] = ()) -> Figure:
     """Mean against worst class, a panel per attack (the last one if none is named; "clean" for none).
 
     A large point per group with its 95 % intervals, a small one per run; the line is the Pareto front of the large
-    ones: no group is better than one on it in both.
+    ones: no group is better than one on it in both. reference: groups to compare with, drawn as dark squares.
     """
     attacks = attacks or (last_attack(_listed(next(iter(groups.values())))[0]),)
-    fig, axes = plt.subplots(1, len(attacks), figsize=(8 * len(attacks), 4.8), squeeze=False)
+    size = (8 * len(attacks), max(4.8, 0.36 * len(groups)))
+    fig, axes = plt.subplots(1, len(attacks), figsize=size, squeeze=False)
     for ax, attack in zip(axes[0], attacks, strict=True):
-        _trade(ax, groups, attack)
+        _trade(ax, groups, attack, reference)
         under = "on clean images" if attack == "clean" else f"under {attack}"
         ax.set(xlabel=f"mean accuracy {under}", ylabel=f"worst class {under}")
     return fig
 
 
-def _trade(ax: plt.Axes, groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str) -> None:
-    colours = dict(zip(groups, sns.color_palette("husl" if len(groups) > 10 else "deep", len(groups)), strict=True))
+def _trade(
+    ax: plt.Axes, groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str, reference: Sequence[str]
+) -> None:
+    shades = sns.color_palette("husl" if len(groups) > 10 else "deep", len(groups))
+    colours = {k: (0.15, 0.15, 0.15) if k in reference else c for k, c in zip(groups, shades, strict=True)}
     ends = []
     for label, several in groups.items():
         table, colour = summary(several, attack), colours[label]
@@ -141,7 +145,7 @@ def _trade(ax: plt.Axes, groups: Mapping[str, Outcomes | Sequence[Outcomes]], at
             w.value,
             xerr=[[max(m.value - m.low, 0)], [max(m.high - m.value, 0)]],
             yerr=[[max(w.value - w.low, 0)], [max(w.high - w.value, 0)]],
-            fmt="o",
+            fmt="s" if label in reference else "o",
             color=colour,
             ms=9,
             mec="white",
@@ -154,13 +158,19 @@ def _trade(ax: plt.Axes, groups: Mapping[str, Outcomes | Sequence[Outcomes]], at
     ax.plot(*front.T, color="#444444", lw=1, ls="--", zorder=1)
     ax.margins(0.08)
     low, high = ax.get_ylim()
-    right, at = ax.get_xlim()[1], np.inf
-    for y, x, label in sorted(ends, reverse=True):  # labels in a column at the right, pushed apart
-        at = min(y, at - 0.07 * (high - low))
+    ends = sorted(ends, reverse=True)
+    gap = min(0.07, 1 / len(ends)) * (high - low)
+    at = [y for y, _, _ in ends]  # labels in a column at the right: pushed apart downwards, then up from the floor
+    for i in range(1, len(at)):
+        at[i] = min(at[i], at[i - 1] - gap)
+    at[-1] = max(at[-1], low + gap / 2)
+    for i in reversed(range(len(at) - 1)):
+        at[i] = max(at[i], at[i + 1] + gap)
+    for (y, x, label), where in zip(ends, at, strict=True):
         ax.annotate(
             label,
             (x, y),
-            xytext=(right, at),
+            xytext=(ax.get_xlim()[1], where),
             textcoords="data",
             va="center",
             color=colours[label],
@@ -168,7 +178,7 @@ def _trade(ax: plt.Axes, groups: Mapping[str, Outcomes | Sequence[Outcomes]], at
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": (*colours[label], 0.5), "lw": 0.8, "shrinkB": 5},
         )
-    ax.set_ylim(min(low, at - 0.05 * (high - low)), high)
+    ax.set_ylim(low, high)
 
 
 def radii(table: pd.DataFrame, weakest: str | None = None) -> Figure:

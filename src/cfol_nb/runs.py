@@ -31,6 +31,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from cfol_nb.attacks import one_thread
 from cfol_nb.config import RunConfig
 from cfol_nb.data import fingerprint, prepare
 from cfol_nb.evaluate import Outcomes, evaluate
@@ -198,26 +199,9 @@ def _work(
             _compute(config, path, checkpoint_every, report or _Progress(path / "progress"))
 
 
-_using_one: list[int] = []  # how many threads torch had, once for each run that is here and needs one
-_counting = threading.Lock()
-
-
-@contextlib.contextmanager
-def threads(config: RunConfig) -> Iterator[None]:
-    """One thread while a float64 run on the CPU is computed; several such runs may overlap in threads."""
-    if config.dtype != "float64" or config.device == "cuda":
-        yield
-        return
-    with _counting:
-        _using_one.append(_using_one[0] if _using_one else torch.get_num_threads())
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _counting:
-            before = _using_one.pop()
-            if not _using_one:
-                torch.set_num_threads(before)
+def threads(config: RunConfig) -> contextlib.AbstractContextManager:
+    """One thread while a float64 run on the CPU is computed."""
+    return one_thread(config.dtype == "float64" and config.device != "cuda")
 
 
 class _Progress:
@@ -306,9 +290,11 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
         leftover.unlink(missing_ok=True)
 
 
-def _start_worker(devices) -> None:
+def _start_worker(devices, environment: dict[str, str]) -> None:
     """In a local process: one device of its own, and an end when its parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ.clear()  # that of the server, which may be older than a change
+    os.environ.update(environment)
     if devices is not None:
         torch.cuda.set_device(devices.get())
 
@@ -351,11 +337,12 @@ def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
     workers = min(limit, len(configs))
     if workers < 2:
         return None
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # workers begin with the libraries, not with this package,
+    context.set_forkserver_preload(["torch", "torchvision", "pydantic", "pandas", "scipy.stats"])  # which may change
     devices = context.Queue() if cuda else None
     for i in range(workers if cuda else 0):
         devices.put(i)
-    return ProcessPoolExecutor(workers, context, _start_worker, (devices,))
+    return ProcessPoolExecutor(workers, context, _start_worker, (devices, dict(os.environ)))
 
 
 def _reason(error: BaseException) -> str:

@@ -359,13 +359,16 @@ def stated(
     groups: Mapping[str, Outcomes | Sequence[Outcomes]],
     statistics: Sequence[str] = ("mean", "tail", "worst"),
     attack: str | None = None,
+    versus: Outcomes | Sequence[Outcomes] | None = None,
 ) -> pd.DataFrame:
-    """Text table: a row per group, the statistics of `summary` as 'per cent [95 % interval]'."""
+    """Text table: a row per group, the statistics of `summary` as 'per cent [95 % interval]'; versus: paired
+    differences from these runs, with their sign."""
+    sign = "" if versus is None else "+"
 
     def cell(row) -> str:
-        return f"{100 * row.value:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]"
+        return f"{100 * row.value:{sign}.1f} [{100 * row.low:{sign}.1f}, {100 * row.high:{sign}.1f}]"
 
-    tables = {label: summary(several, attack) for label, several in groups.items()}
+    tables = {label: summary(several, attack, versus=versus) for label, several in groups.items()}
     return pd.DataFrame.from_dict(
         {label: {name: cell(t.loc[name]) for name in statistics} for label, t in tables.items()}, orient="index"
     )

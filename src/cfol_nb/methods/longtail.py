@@ -56,11 +56,18 @@ def _less(logits: Tensor, y: Tensor, m: Tensor) -> Tensor:
     return logits.scatter_add(1, y.unsqueeze(1), -m.to(logits)[y].unsqueeze(1))
 
 
+def _weighted(losses: Tensor, weight: Tensor) -> Tensor:
+    """The mean of the losses (n,), divided by the weights (n,) as torch's `cross_entropy(weight=...)` divides: else the
+    weights would change the size of the step, too."""
+    weight = weight.to(losses)
+    return (weight * losses).sum() / weight.sum().clamp_min(torch.finfo(losses.dtype).tiny)
+
+
 @register("class-balanced")
 class ClassBalanced(LongTail):
-    """Loss weighted by the inverse effective number, (1 - beta) / (1 - beta^n_c), mean 1 (Cui et al. 2019).
+    """Loss weighted by the inverse effective number, (1 - beta) / (1 - beta^n_c) (Cui et al. 2019).
 
-    start: share of the run before which the weights are 1; 0.8 is deferred re-weighting, DRW (Cao et al. 2019).
+    start: share of the run before which the weights are equal; 0.8 is deferred re-weighting, DRW (Cao et al. 2019).
     """
 
     def __init__(self, *run, beta: float = 0.9999, start: float = 0.0, **named):
@@ -72,11 +79,10 @@ class ClassBalanced(LongTail):
 
     def weights(self) -> Tensor:
         """(K,) of the next step."""
-        inverse = (1 - self.beta) / (1 - self.beta**self.n)
-        return torch.where(self.seen >= self.first, inverse / inverse.mean(), 1.0)
+        return torch.where(self.seen >= self.first, (1 - self.beta) / (1 - self.beta**self.n), 1.0)
 
     def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
-        return (self.weights()[y].to(losses) * losses).mean()
+        return _weighted(losses, self.weights()[y])
 
     def after_step(self, index: Tensor, y: Tensor, logits: Tensor) -> None:
         self.seen += len(y)
@@ -264,8 +270,7 @@ class Focal(Method):
 class FixedWeights(Method):
     """Loss weighted by class, 1 if not given; weights: label -> number >= 0, {"3": 10} (Benz et al. 2021, Table 1).
 
-    A label is the position of a class among those that are trained. As in torch's `cross_entropy(weight=...)` the sum
-    is divided by the weights of the batch: otherwise a weight of 10 would multiply the step, too.
+    A label is the position of a class among those that are trained.
     """
 
     def __init__(self, *run, weights: Mapping[str, float] | None = None, **named):
@@ -279,8 +284,7 @@ class FixedWeights(Method):
             self.weights[int(label)] = weight
 
     def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
-        weight = self.weights[y].to(losses)
-        return (weight * losses).sum() / weight.sum().clamp_min(torch.finfo(losses.dtype).tiny)
+        return _weighted(losses, self.weights[y])
 
 
 @register("fair-weights")
