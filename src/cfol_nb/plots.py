@@ -176,7 +176,13 @@ def _trade(
             color=colours[label],
             fontweight="bold",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": (*colours[label], 0.5), "lw": 0.8, "shrinkB": 5},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": (*colours[label], 0.5),
+                "lw": 0.8,
+                "shrinkB": 5,
+                "relpos": (0, 0.5),
+            },
         )
     ax.set_ylim(low, high)
 
@@ -323,6 +329,19 @@ def curves(accuracy: pd.DataFrame) -> Figure:
     ax.plot(accuracy.index, accuracy.min(axis=1), "k.", ms=5, label="worst class of the epoch", zorder=4)
     ax.plot(accuracy.index, accuracy.mean(axis=1), color="#444444", ls="--", lw=1.6, label="mean of classes", zorder=2)
     ax.set(xlabel="epoch", ylabel="accuracy, held out", ylim=(0, 1.02), xlim=(accuracy.index[0], accuracy.index[-1]))
+    ax.legend(frameon=True, fontsize=9)
+    return fig
+
+
+def rates(measured: pd.DataFrame, bound: pd.DataFrame | None = None) -> Figure:
+    """Columns over the index, both logarithmic; measured as lines, bounds of the same columns dashed. The names of the
+    axes are those of index and columns of `measured`: `rename_axis(index=..., columns=...)`."""
+    fig, ax = plt.subplots(figsize=(7, 4))
+    for colour, name in zip(sns.color_palette("deep", measured.shape[1]), measured, strict=True):
+        ax.plot(measured.index, measured[name].where(measured[name] > 0), "o-", color=colour, ms=4, label=name)
+        if bound is not None:
+            ax.plot(bound.index, bound[name], "--", color=colour, lw=1.2)
+    ax.set(xscale="log", yscale="log", xlabel=measured.index.name, ylabel=measured.columns.name)
     ax.legend(frameon=True, fontsize=9)
     return fig
 
