@@ -31,10 +31,13 @@ test: $(STAMP)  ## ruff, pytest, nbval; trained runs go to a folder of their own
 lab: $(STAMP)  ## JupyterLab
 	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --KernelManager.transport_encryption=auto notebooks
 
+report: $(STAMP)  ## the executed notebooks as a small site in site/
+	@$(BIN)/cfol-nb report
+
 bench: $(STAMP)  ## speed, as ratios in one run
 	@for b in benchmarks/*.py; do $(BIN)/python $$b || exit 1; done
 
 store: $(STAMP)  ## renew the stored runs in notebooks/
 	@$(BIN)/cfol-nb run --store
 
-.PHONY: help setup run test lab bench store
+.PHONY: help setup run test lab report bench store

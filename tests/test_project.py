@@ -1,6 +1,7 @@
 """The command line, the README and the set-up files, as a user meets them."""
 
 import base64
+import html
 import importlib.metadata
 import re
 import subprocess
@@ -14,7 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from cfol_nb import cli
+from cfol_nb import cli, headless
 from cfol_nb.files import ROOT, read_json
 from cfol_nb.stats import counts, headline, summary
 from cfol_nb.suite import listing, published
@@ -231,6 +232,7 @@ def test_readmes_table_of_cifar10_is_that_of_the_published_runs():
     [
         ("01_class_discrepancy", "plots.deviations(on_cifar)", "discrepancy.png"),
         ("02_why_classes_differ", "plots.explanations", "why.png"),
+        ("03_long_tail_transfers", "plots.trade", "longtail.png"),
         ("04_cfol", "plots.class_accuracies", "classes.png"),
     ],
 )
@@ -268,6 +270,20 @@ def test_readme_names_what_exists():
 def test_every_notebook_is_in_the_readme():
     for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
         assert path.name in README
+
+
+def test_the_report_is_a_page_for_every_notebook_and_needs_no_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("CFOL_NB_RUNS", str(tmp_path / "runs"))  # none was run: the stored ones
+    index = headless.report(tmp_path / "site")
+    pages = {p.name: p.read_text() for p in index.parent.glob("*.html")}
+    for path in headless.notebooks():
+        title = nbformat.read(path, 4).cells[0].source.splitlines()[0].lstrip("# ")
+        assert f'<a href="{path.stem}.html">{html.escape(title)}</a>' in pages["index.html"]
+        assert "data:image/png;base64," in pages[f"{path.stem}.html"]
+    for text in pages.values():
+        assert not re.search(r'<script|(src|href)="(?!data:|#|[0-9a-z_]+\.html)', text.split("<body")[1])
+        assert "<script" not in text
+        assert "<link" not in text
 
 
 def test_make_help_and_the_python_check():

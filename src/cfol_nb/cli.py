@@ -239,6 +239,14 @@ def publish(
 
 
 @app.command()
+def report(out: Annotated[Path, typer.Option(help="Folder of the pages.")] = Path("site")) -> None:
+    """Turn the executed notebooks into a small site of HTML that needs no network."""
+    from cfol_nb import headless
+
+    typer.echo(headless.report(out))
+
+
+@app.command()
 @_stoppable
 def audit(
     model: Annotated[str, typer.Option(help="FILE.py:function, torchvision:NAME, or run:FOLDER.")],

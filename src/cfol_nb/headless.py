@@ -7,8 +7,10 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +184,44 @@ def store(source: Path) -> None:
     executed.metadata.pop("papermill", None)
     executed.metadata.pop("widgets", None)
     nbformat.write(executed, source)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>cfol-nb</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+section {{ border-top: 1px solid #ddd; padding: 1rem 0 }} h1, h2 {{ font-weight: 600 }} h2 {{ margin: 0 }}
+img {{ max-width: 100%; max-height: 22rem }} a {{ color: #c0392b; text-decoration: none }}
+</style></head><body><h1>cfol-nb</h1><p>How robust is the worst class of a classifier, and can it be better?</p>
+{sections}</body></html>
+"""
+
+
+def report(out: Path) -> Path:
+    """Write the executed notebooks as one small site that needs no network: a page each, and index.html, returned.
+
+    A notebook is taken as it was last run (runs/notebooks/), else as it is stored.
+    """
+    from nbconvert import HTMLExporter
+    from nbconvert.filters import markdown2html
+
+    out.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for source in notebooks():
+        last = runs_dir() / "notebooks" / source.name
+        nb = nbformat.read(last if last.exists() else source, 4)
+        title, _, first = nb.cells[0].source.strip().partition("\n")
+        title = title.lstrip("# ")
+        page, _ = HTMLExporter().from_notebook_node(nb, {"metadata": {"name": title}})
+        page = re.sub(r"<script.*?</script>", "", page, flags=re.S)  # they would load from the network, for no use here
+        page = re.sub(r"(<body.*?>)", r'\1<p><a href="index.html">cfol-nb</a></p>', page, count=1)
+        (out / f"{source.stem}.html").write_text(page)
+        images = (
+            o.data["image/png"] for c in nb.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})
+        )
+        picture = next((f'<img alt="" src="data:image/png;base64,{i.strip()}">' for i in images), "")
+        text = markdown2html(first.strip().partition("\n\n")[0])
+        link = f'<a href="{source.stem}.html">{escape(title)}</a>'
+        sections.append(f"<section><h2>{link}</h2>{text}{picture}</section>\n")
+    (out / "index.html").write_text(_PAGE.format(sections="".join(sections)))
+    return out / "index.html"
