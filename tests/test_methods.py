@@ -3,11 +3,12 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
+from cfol_nb.config import RunConfig
 from cfol_nb.methods import METHODS
 from cfol_nb.methods.cfol import CFOL, FOL
 from cfol_nb.methods.cvar import CVaR, LCVaR
 from cfol_nb.objectives import OBJECTIVES, TRADES
-from cfol_nb.train import train
+from cfol_nb.train import check, train
 
 LABELS = torch.arange(40) % 4
 
@@ -131,8 +132,50 @@ def test_trades_is_its_formula():
     torch.testing.assert_close(logits, model(x_adv))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("method", METHODS)
+def test_frl_is_its_formula():
+    """Multipliers step by step, then sum w0 CE / sum w0 + beta sum w1 KL / sum w1, and the larger radius."""
+    clean = np.array([[0.9, 0.5, 0.8, 0.85], [0.9, 0.3, 0.9, 0.9]])
+    robust = np.array([[0.6, 0.3, 0.1, 0.6], [0.8, 0.2, 0.0, 0.7]])
+    method = METHODS["frl"](LABELS, 4, remargin=True, delta=0.05, rate=0.3, limit=0.2)
+    l0, l1, margin = np.zeros(4), np.zeros(4), np.zeros(4)
+    for epoch, (c, r) in enumerate(zip(clean, robust, strict=True)):
+        method.after_epoch(epoch, {"clean": torch.from_numpy(c), "robust": torch.from_numpy(r)})
+        l0 = np.maximum(l0 + 0.3 * ((1 - c) - (1 - c).mean() - 0.05), 0)
+        l1 = np.maximum(l1 + 0.6 * ((c - r) - (c - r).mean() - 0.05), 0)
+        margin = np.maximum(margin + 0.2 * ((c - r) - (c - r).mean() - 0.05), 0)
+        l0, l1 = (v * min(1, 0.2 / v.sum()) for v in (l0, l1))
+    np.testing.assert_allclose([method.clean, method.boundary_error, method.margin], [l0, l1, margin])
+    assert l0.argmax() == 1
+    assert l1.argmax() == 2
+
+    generator = torch.Generator().manual_seed(0)
+    x, x_adv = torch.randn(2, 6, 4, dtype=torch.float64, generator=generator)
+    y = torch.tensor([0, 1, 2, 3, 1, 1])
+    p, q = (v.softmax(1) for v in (x, x_adv))
+    ce, kl = -p[torch.arange(6), y].log().numpy(), (p * (p / q).log()).sum(1).numpy()
+    w0, w1 = ((1 / 4 + v - v.mean())[y] for v in (l0, l1))
+    losses, logits = TRADES(beta=1.5)(torch.nn.Identity(), x, x_adv, y, boundary=method.boundary(y))
+    want = (w0 * ce).sum() / w0.sum() + 1.5 * (w1 * kl).sum() / w1.sum()
+    assert method.reduce(losses, y, logits).item() == pytest.approx(want)
+    np.testing.assert_allclose(method.radius(y), np.minimum(np.exp(2 * margin), 2.5)[y])
+    assert method.radius(y).max() > 1.05
+    assert METHODS["frl"](LABELS, 4).radius(y) is None
+
+
+def test_frl_at_the_start_is_trades_and_needs_it():
+    y = LABELS[:8]
+    losses = torch.rand(8, dtype=torch.float64)
+    assert METHODS["frl"](LABELS, 4).reduce(losses, y, None).item() == pytest.approx(losses.mean().item())
+    assert METHODS["frl"](LABELS, 4).boundary(y).tolist() == pytest.approx([1.0] * 8)
+    check(RunConfig(method="frl", objective="trades"))
+    with pytest.raises(ValueError, match="'frl' needs the objective 'trades'"):
+        check(RunConfig(method="frl"))
+
+
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [(m, o) for m in METHODS for o in OBJECTIVES if METHODS[m].needs_objective in (None, o)],
+)
 def test_every_method_trains_with_every_objective(method, objective, tiny, digits):
     from cfol_nb.data import limit, split
 
@@ -155,6 +198,9 @@ def test_every_method_trains_with_every_objective(method, objective, tiny, digit
         (lambda: CFOL(LABELS, 4, eta=-1), "eta=-1"),
         (lambda: CFOL(LABELS[LABELS != 1], 4), "class 1 has no examples"),
         (lambda: TRADES(beta=-1), "beta=-1"),
+        (lambda: METHODS["frl"](LABELS, 4, limit=1), "limit=1"),
+        (lambda: METHODS["frl"](LABELS, 4, rate=-1), "rate=-1"),
+        (lambda: METHODS["frl"](LABELS, 4, most=0.5), "most=0.5"),
     ],
 )
 def test_bad_options_are_refused_in_a_sentence(make, says):

@@ -136,15 +136,16 @@ def test_hooks_of_a_method_reach_the_loop(tiny, images):
 
 
 DEFERRED, FAIR = {"name": "class-balanced", "start": 0.4}, {"name": "fair-weights", "split": "train"}
+FRL = {"name": "frl", "remargin": True, "delta": 0.0}
 
 
-@pytest.mark.parametrize("method", ["erm", "cfol", "fol", "resampling", DEFERRED, FAIR], ids=str)
+@pytest.mark.parametrize("method", ["erm", "cfol", "fol", "resampling", DEFERRED, FAIR, FRL], ids=str)
 @pytest.mark.parametrize("stop_at", [1, 5])
 def test_sigterm_and_ctrl_c_stop_after_a_step_and_the_run_goes_on_to_the_same_bytes(
     tiny, images, tmp_path, method, stop_at
 ):
-    adam = {"optimizer": "adam", "lr": 0.01} if method == FAIR else {}
-    config, path = tiny(method=method, epochs=3, batch_size=48, ema=0.9, **adam), tmp_path / "c.safetensors"
+    own = {"optimizer": "adam", "lr": 0.01} if method == FAIR else {"objective": "trades"} if method == FRL else {}
+    config, path = tiny(method=method, epochs=3, batch_size=48, ema=0.9, **own), tmp_path / "c.safetensors"
     straight = train(config, *images)
 
     def kill(done, total):

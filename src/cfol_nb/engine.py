@@ -120,7 +120,7 @@ def make_step(
         x = as_float(augment(pixels, crop, flip, generator), dtype, device)
         with low_precision:
             x_adv = attack(x, y)
-            losses, logits = objective(trained, x, x_adv, y, adjust)
+            losses, logits = objective(trained, x, x_adv, y, adjust, method.boundary(y))
         loss = method.reduce(losses, y, logits)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

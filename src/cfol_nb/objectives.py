@@ -17,8 +17,11 @@ class Clean:
 
     attack_loss: str | None = None
 
-    def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None
+    ) -> tuple[Tensor, Tensor]:
         """x, x_adv: (n, C, H, W) in [0, 1]. adjust: what a method does to the logits (n, K) of the cross-entropy.
+        boundary: (n,) factors on the second term, where there is one.
 
         Returns losses (n,) and the logits (n, K), as they are, that judge the example.
         """
@@ -31,7 +34,9 @@ class AT:
 
     attack_loss = "ce"
 
-    def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None
+    ) -> tuple[Tensor, Tensor]:
         logits = model(x_adv)
         return F.cross_entropy(adjust(logits, y), y, reduction="none"), logits
 
@@ -46,9 +51,13 @@ class TRADES:
             raise ValueError(f"beta={beta} is not a finite number >= 0")
         self.beta = beta
 
-    def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None
+    ) -> tuple[Tensor, Tensor]:
         clean, logits = model(x), model(x_adv)
-        return F.cross_entropy(adjust(clean, y), y, reduction="none") + self.beta * kl(clean, logits), logits
+        between = kl(clean, logits)
+        between = between if boundary is None else between * boundary.to(between)
+        return F.cross_entropy(adjust(clean, y), y, reduction="none") + self.beta * between, logits
 
 
 OBJECTIVES = {"clean": Clean, "at": AT, "trades": TRADES}

@@ -28,6 +28,8 @@ METHODS = {
     "fol": {"method": "fol"},
     "cvar": {"method": "cvar"},
     "lcvar": {"method": "lcvar", "lr": 0.05},
+    "frl": {"method": "frl", "objective": {"name": "trades", "beta": 1.5}},
+    "frl-remargin": {"method": {"name": "frl", "remargin": True}, "objective": {"name": "trades", "beta": 1.5}},
 }
 
 

@@ -35,6 +35,8 @@ def check(config: RunConfig) -> None:
     method = METHODS[config.method["name"]](torch.arange(1000), 1000, 0, 1, **own)  # refuses values it cannot take
     if method.needs_parent and (config.parent is None or config.remake):
         raise ValueError(f"method {config.method['name']!r} goes on from a trained network: give the run a parent")
+    if method.needs_objective not in (None, config.objective["name"]):
+        raise ValueError(f"method {config.method['name']!r} needs the objective {method.needs_objective!r}")
     own = options("objective", config.objective, OBJECTIVES)
     OBJECTIVES[config.objective["name"]](**own)
     if config.remake is not None:

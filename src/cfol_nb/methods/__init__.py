@@ -20,6 +20,7 @@ class Method(nn.Module):
     """
 
     needs_parent = False  # whether it makes sense only for a run that starts from another one's weights
+    needs_objective: str | None = None  # the only objective that it makes sense for
 
     def __init__(self, labels: Tensor, num_classes: int, seed: int = 0, examples: int = 0):
         super().__init__()
@@ -36,6 +37,10 @@ class Method(nn.Module):
 
     def radius(self, y: Tensor) -> Tensor | None:
         """(n,) factors on the attack's radius and step; None for 1."""
+        return None
+
+    def boundary(self, y: Tensor) -> Tensor | None:
+        """(n,) factors on the second term of an objective that has two, as TRADES has; None for 1."""
         return None
 
     def adjust(self, logits: Tensor, y: Tensor) -> Tensor:
