@@ -8,7 +8,7 @@ import torch
 from scipy.stats import ks_2samp
 
 from cfol_nb.samplers import ClassSampler, ExampleSampler, Shuffle
-from cfol_nb.theory import Blobs, Path, bound, learn, play, step_size
+from cfol_nb.theory import Blobs, Trajectory, bound, learn, play, step_size
 
 SMALL = Blobs.make([6, 4, 8], eps=0.08, noise=(0.1, 0.25), seed=1)
 
@@ -80,7 +80,7 @@ def test_jumping_to_the_next_mistake_has_the_law_of_drawing_one_by_one():
 
 
 def test_a_path_knows_the_mean_over_its_iterates():
-    path = Path(np.array([2, 5]), np.array([[1, 1], [0.5, 0], [0, 0.25]]), np.full((3, 2), 0.5))
+    path = Trajectory(np.array([2, 5]), np.array([[1, 1], [0.5, 0], [0, 0.25]]), np.full((3, 2), 0.5))
     each = np.array([[1, 1]] * 2 + [[0.5, 0]] * 3 + [[0, 0.25]] * 7)  # the losses at the start of steps 1 to 12
     for steps in (1, 2, 3, 5, 6, 12):
         np.testing.assert_allclose(path.mean_losses(steps), each[:steps].mean(0))

@@ -83,7 +83,7 @@ class Blobs:
 
 
 @dataclass(frozen=True)
-class Path:
+class Trajectory:
     """What `learn` went through.
 
     times: (E,) the steps, from 1, in which a mistake was made; between two of them nothing changes. losses, p:
@@ -115,7 +115,7 @@ class Path:
         return drawn @ self.losses / n
 
 
-def learn(data: Blobs, sampler: ClassSampler | ExampleSampler | Shuffle, steps: int, seed: int = 0) -> Path:
+def learn(data: Blobs, sampler: ClassSampler | ExampleSampler | Shuffle, steps: int, seed: int = 0) -> Trajectory:
     """Perceptron steps on worst-case images, each example drawn as the sampler would draw it, one at a time.
 
     A step without a mistake changes neither the classifier nor, its loss being 0, the sampler. So the steps until the
@@ -142,7 +142,7 @@ def learn(data: Blobs, sampler: ClassSampler | ExampleSampler | Shuffle, steps: 
         if wrong.any():
             now += int(rng.geometric(min(of_wrong.sum(), 1.0)))
         if not wrong.any() or now > steps:
-            return Path(np.array(times, dtype=np.int64), np.array(losses), np.array(shares))
+            return Trajectory(np.array(times, dtype=np.int64), np.array(losses), np.array(shares))
         times.append(now)
         i = rng.choice(len(data.y), p=of_wrong / of_wrong.sum())
         a, b = data.y[i], rival[i]
