@@ -76,23 +76,18 @@ class Blobs:
             )
         return float(2 * ((np.abs(self.x) + self.eps) ** 2).sum(1).max() / margin**2)
 
-    def losses(self, weights: np.ndarray) -> np.ndarray:
-        """(k,) share of each class that some perturbation moves across or onto a boundary: its 0-1 loss."""
-        wrong = self.worst(weights)[0] <= 0
-        return np.bincount(self.y[wrong], minlength=self.k) / np.bincount(self.y, minlength=self.k)
-
 
 @dataclass(frozen=True)
 class Trajectory:
     """What `learn` went through.
 
-    times: (E,) the steps, from 1, in which a mistake was made; between two of them nothing changes. losses, p:
-    (E + 1, k) the loss of each class and its share of the draws; row i holds in the steps times[i - 1] + 1 to times[i].
+    times: (E,) the steps, from 1, in which a mistake was made; between two of them nothing changes. losses: (E + 1, k)
+    the 0-1 loss of each class, the share of it that some perturbation moves across or onto a boundary; row i holds in
+    the steps times[i - 1] + 1 to times[i].
     """
 
     times: np.ndarray
     losses: np.ndarray
-    p: np.ndarray
 
     def settled(self, level: float) -> float:
         """Steps after which no class has a loss above `level` any more; inf if that was not reached."""
@@ -126,7 +121,7 @@ def learn(data: Blobs, sampler: ClassSampler | ExampleSampler | Shuffle, steps: 
     """
     rng, weights = np.random.default_rng(seed), np.zeros((data.k, data.k))
     size, now = np.bincount(data.y, minlength=data.k), 0
-    times, losses, shares = [], [], []
+    times, losses = [], []
     while True:
         margin, rival = data.worst(weights)
         wrong = margin <= 0
@@ -135,14 +130,12 @@ def learn(data: Blobs, sampler: ClassSampler | ExampleSampler | Shuffle, steps: 
             chance = (share / size)[data.y]
         else:
             chance = sampler.p.numpy() if isinstance(sampler, ExampleSampler) else np.full(len(data.y), 1 / len(data.y))
-            share = np.bincount(data.y, chance, data.k)
         losses.append(np.bincount(data.y[wrong], minlength=data.k) / size)
-        shares.append(share)
         of_wrong = chance * wrong
         if wrong.any():
             now += int(rng.geometric(min(of_wrong.sum(), 1.0)))
         if not wrong.any() or now > steps:
-            return Trajectory(np.array(times, dtype=np.int64), np.array(losses), np.array(shares))
+            return Trajectory(np.array(times, dtype=np.int64), np.array(losses))
         times.append(now)
         i = rng.choice(len(data.y), p=of_wrong / of_wrong.sum())
         a, b = data.y[i], rival[i]
