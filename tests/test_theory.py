@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
-from cfol_nb.samplers import ClassSampler, ExampleSampler, Shuffle
+from cfol_nb.samplers import ClassSampler, ExampleSampler
 from cfol_nb.theory import Blobs, Trajectory, bound, learn, play, step_size
 
 SMALL = Blobs.make([6, 4, 8], eps=0.08, noise=(0.1, 0.25), seed=1)
@@ -28,7 +28,7 @@ def test_the_inner_maximum_is_that_over_all_corners_of_the_ball():
 
 def samplers(data, seed, eta):
     return (
-        Shuffle(len(data.y), seed),
+        ExampleSampler(data.y, gamma=1.0, eta=0.0, seed=seed),
         ClassSampler(data.y, eta=eta, seed=seed),
         ExampleSampler(data.y, eta=eta, seed=seed),
     )
@@ -48,6 +48,11 @@ def test_no_sequence_of_examples_meets_more_mistakes_than_the_bound(eta):
 def test_classes_that_touch_have_no_bound():
     with pytest.raises(ValueError, match="the classes touch"):
         Blobs.make([5, 5], eps=0.5).mistakes()
+
+
+def test_a_sampler_of_other_examples_is_refused():
+    with pytest.raises(ValueError, match="a sampler of 20 examples for 18"):
+        learn(SMALL, ExampleSampler(20), 10)
 
 
 def one_by_one(data, sampler, mistakes):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cfol_nb.samplers import ClassSampler, ExampleSampler, Shuffle
+from cfol_nb.samplers import ClassSampler, ExampleSampler
 
 
 def step_size(k: int, mistakes: float) -> float:
@@ -110,26 +110,25 @@ class Trajectory:
         return drawn @ self.losses / n
 
 
-def learn(data: Blobs, sampler: ClassSampler | ExampleSampler | Shuffle, steps: int, seed: int = 0) -> Trajectory:
+def learn(data: Blobs, sampler: ClassSampler | ExampleSampler, steps: int, seed: int = 0) -> Trajectory:
     """Perceptron steps on worst-case images, each example drawn as the sampler would draw it, one at a time.
 
     A step without a mistake changes neither the classifier nor, its loss being 0, the sampler. So the steps until the
     next mistake are drawn at once, from their geometric distribution, then the example from those that are mistaken;
-    the law is that of drawing one by one, and the cost is one of mistakes, not of steps. A `Shuffle` stands for
-    uniform draws with replacement. After a mistake W_y grows by the perturbed x, and the row of the nearest class falls
-    by it.
+    the law is that of drawing one by one, and the cost is one of mistakes, not of steps. After a mistake W_y grows by
+    the perturbed x, and the row of the nearest class falls by it. ExampleSampler(N, gamma=1, eta=0) draws as SGD does.
     """
+    if sampler.n != len(data.y):
+        raise ValueError(f"a sampler of {sampler.n} examples for {len(data.y)}")
     rng, weights = np.random.default_rng(seed), np.zeros((data.k, data.k))
     size, now = np.bincount(data.y, minlength=data.k), 0
+    arms = data.y if isinstance(sampler, ClassSampler) else np.arange(len(data.y))
     times, losses = [], []
     while True:
         margin, rival = data.worst(weights)
         wrong = margin <= 0
-        if isinstance(sampler, ClassSampler):
-            share = sampler.p.numpy()
-            chance = (share / size)[data.y]
-        else:
-            chance = sampler.p.numpy() if isinstance(sampler, ExampleSampler) else np.full(len(data.y), 1 / len(data.y))
+        p = sampler.p.numpy()[arms]  # of what each example is drawn through: its class, or itself
+        chance = p / size[data.y] if isinstance(sampler, ClassSampler) else p
         losses.append(np.bincount(data.y[wrong], minlength=data.k) / size)
         of_wrong = chance * wrong
         if wrong.any():
@@ -142,9 +141,7 @@ def learn(data: Blobs, sampler: ClassSampler | ExampleSampler | Shuffle, steps: 
         x = data.x[i] - data.eps * np.sign(weights[a] - weights[b])
         weights[a] += x
         weights[b] -= x
-        if not isinstance(sampler, Shuffle):
-            arm, p = (a, share[a]) if isinstance(sampler, ClassSampler) else (i, chance[i])
-            sampler.update(torch.tensor([arm]), torch.ones(1), p=float(p))
+        sampler.update(torch.tensor([arms[i]]), torch.ones(1), p=float(p[i]))
 
 
 def play(sampler: ClassSampler, losses, steps: int, seed: int = 0) -> pd.DataFrame:
