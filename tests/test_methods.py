@@ -102,6 +102,27 @@ def test_both_forms_of_cfol_agree_in_the_mean_on_imbalanced_classes():
     torch.testing.assert_close(method.reduce(losses, y, None), want)
 
 
+@pytest.mark.parametrize("form", ["sample", "reweight"])
+def test_cfol_forgets_at_the_stated_parts_of_the_run(form):
+    method = CFOL(LABELS, 4, examples=200, drift=20.0, form=form, prior="empirical", reset=(0.25, 0.5))
+    start, away = method.classes.w.clone(), []
+    for _ in range(10):  # of 20 examples: the batches that reach 50 and 100 examples are the third and the fifth
+        index = method.draw(20)
+        method.after_step(index, LABELS[index], logits_of(LABELS[index], LABELS[index] == 1))
+        away.append(bool((method.classes.w != start).any()))
+    assert [i for i, moved in enumerate(away) if not moved] == [2, 4]
+
+
+def test_cfol_complains_when_p_collapses():
+    method = CFOL(LABELS, 4, eta=0.5)
+    assert method.complaint() == ""
+    for _ in range(5):
+        index = method.draw(20)
+        method.after_step(index, LABELS[index], logits_of(LABELS[index], LABELS[index] == 3))
+    assert method.classes.q.max() > 0.99
+    assert "collapsed" in method.complaint()
+
+
 def test_drift_is_eta_times_the_examples_of_the_run():
     assert CFOL(LABELS, 4, examples=40_000 * 200).classes.eta == pytest.approx(5e-6)  # the released commands
     assert FOL(LABELS, 4, examples=40_000 * 200).sampler.eta == pytest.approx(5e-7)
@@ -196,6 +217,8 @@ def test_every_method_trains_with_every_objective(method, objective, tiny, digit
         (lambda: LCVaR(LABELS, 4, alpha=2), "alpha=2"),
         (lambda: CFOL(LABELS, 4, form="both"), "reweight"),
         (lambda: CFOL(LABELS, 4, eta=-1), "eta=-1"),
+        (lambda: CFOL(LABELS, 4, reset=[1.0]), "between 0 and 1"),
+        (lambda: CFOL(LABELS, 4, base="flat"), "base='flat'"),
         (lambda: CFOL(LABELS[LABELS != 1], 4), "class 1 has no examples"),
         (lambda: TRADES(beta=-1), "beta=-1"),
         (lambda: METHODS["frl"](LABELS, 4, limit=1), "limit=1"),

@@ -18,6 +18,7 @@ from cfol_nb.evaluate import evaluate
 from cfol_nb.files import Corrupt, read_tensors, write_json, write_tensors
 from cfol_nb.models import MODELS, register
 from cfol_nb.runs import Run, RunsFailed, compute, folder_of, stored, whole
+from cfol_nb.train import Diverging
 
 VALUES = ("run.json", "outcomes.safetensors", "weights.safetensors")
 
@@ -335,3 +336,15 @@ def test_what_a_child_cannot_do_is_refused_before_its_parent_is_trained(tiny):
     with pytest.raises(ValueError, match="batch_size=500"):
         compute([tiny(parent=parent, batch_size=500)])
     assert not whole(folder_of(parent))
+
+
+def test_a_run_that_collapses_is_kept_and_warned_of(tiny):
+    settings = {"method": {"name": "cfol", "drift": 1e5}, "epochs": 3}
+    for _ in ("computed", "loaded"):
+        with pytest.warns(Diverging, match="2 of these runs diverged") as caught:
+            runs = compute([tiny(**settings), tiny(**settings, seed=1), tiny()])
+        (told,) = [str(w.message) for w in caught if "of these" in str(w.message)]  # beside those of single runs
+        assert all(run.folder.name in told for run in runs[:2])
+        assert [bool(run.warnings) for run in runs] == [True, True, False]
+        assert "epoch 1: CFOL's distribution has collapsed" in runs[0].warnings[0]
+        assert runs[0].curve("p").iloc[-1].max() > 0.5

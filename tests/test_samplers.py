@@ -11,13 +11,14 @@ LABELS = torch.tensor([0] * 50 + [1] * 30 + [2] * 80 + [3] * 10)[
 ]
 
 
-def exp3(arms: int, gamma: float, eta: float, batches) -> np.ndarray:
+def exp3(arms: int, gamma: float, eta: float, batches, base=None, prior=None) -> np.ndarray:
     """Exp3 as Algorithm 1 states it, one example at a time: the distribution after the batches of (arm, loss)."""
-    w = np.zeros(arms)
+    w = np.zeros(arms) if prior is None else np.log(prior)
+    base = np.full(arms, 1 / arms) if base is None else base
 
     def p():
         q = np.exp(w - w.max())
-        return gamma / arms + (1 - gamma) * q / q.sum()
+        return gamma * base + (1 - gamma) * q / q.sum()
 
     for batch in batches:
         now = p()  # the whole batch was drawn from this
@@ -41,6 +42,18 @@ def test_follows_exp3(kind):
     assert want.max() > 2 / len(want)  # it did move away from uniform
     assert sampler.p.min() >= sampler.gamma / len(want) - 1e-15
     assert sampler.p.sum().item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("prior", ["empirical", [4, 1, 2, 1]])
+def test_base_and_prior_are_those_of_exp3(prior):
+    share = np.bincount(LABELS) / len(LABELS)
+    start = share if prior == "empirical" else np.array(prior) / 8
+    sampler = ClassSampler(LABELS, 0.3, 0.05, base="empirical", prior=prior)
+    np.testing.assert_allclose(sampler.p, 0.3 * share + 0.7 * start)
+    arm, loss = torch.tensor([3, 1, 3, 2]), torch.tensor([1.0, 0.5, 1.0, 0.2])
+    sampler.update(arm, loss)
+    want = exp3(4, 0.3, 0.05, [list(zip(arm.tolist(), loss.tolist(), strict=True))], share, start)
+    np.testing.assert_allclose(sampler.p, want, rtol=1e-12)
 
 
 def test_class_draws_have_the_stated_frequencies():
@@ -170,6 +183,9 @@ def test_shuffle_is_a_permutation_in_full_batches():
         (lambda: ClassSampler(torch.tensor([], dtype=torch.int64)), "non-empty"),
         (lambda: ClassSampler(LABELS, gamma=1.5), "gamma=1.5"),
         (lambda: ClassSampler(LABELS, eta=-1), "eta=-1"),
+        (lambda: ClassSampler(LABELS, base="even"), "base='even' is not 'uniform', 'empirical'"),
+        (lambda: ClassSampler(LABELS, prior=[1, 2]), "not one positive number for each of 4"),
+        (lambda: ClassSampler(LABELS, prior=[1, 2, 0, 1]), "not one positive number"),
         (lambda: ExampleSampler(0), "no examples"),
         (lambda: Shuffle(10).draw(11), "larger than the 10"),
         (lambda: ClassSampler(LABELS).update(torch.tensor([0, 1]), torch.ones(3)), "one loss per example"),

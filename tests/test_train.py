@@ -14,7 +14,7 @@ from cfol_nb.evaluate import as_float, evaluate
 from cfol_nb.files import Corrupt
 from cfol_nb.methods import METHODS, Method, register
 from cfol_nb.stats import counts
-from cfol_nb.train import Stopped, new_model, train
+from cfol_nb.train import Diverging, Stopped, _fall, new_model, train
 
 
 @pytest.fixture(scope="module")
@@ -299,3 +299,18 @@ def test_evaluate_is_every_attack_on_every_image(tiny, images):
     assert o.attacks["strong"]["steps"] == 10
     again = type(o).from_tensors(o.tensors(), o.meta())
     assert all(np.array_equal(again.predictions[k], v) for k, v in o.predictions.items())
+
+
+def test_a_fall_below_half_of_the_best_epoch_is_told_from_noise(tiny, images):
+    def history(*right, n=60):
+        return [{"robust": [r // 2, r - r // 2], "n": [n // 2, n - n // 2]} for r in right]
+
+    assert _fall(history(30, 50, 20), "robust")
+    assert not _fall(history(30, 50, 26), "robust")  # not the half
+    assert not _fall(history(8, 6, 3), "robust")  # chance, and noise around it
+    assert not _fall(history(50, 20, 50), "robust")  # it came back
+    assert not _fall(history(50, 20), "clean")
+    with pytest.warns(Diverging, match="epoch 1: CFOL's distribution has collapsed") as caught:
+        done = train(tiny(method={"name": "cfol", "drift": 1e5}, epochs=3), *images)
+    said = [text for e in done.history for text in e.get("warnings", ())]
+    assert len(said) == len(set(said)) >= len(caught) >= 1

@@ -51,7 +51,7 @@ from cfol_nb.files import (
 from cfol_nb.methods import METHODS
 from cfol_nb.models import MODELS
 from cfol_nb.stats import counts
-from cfol_nb.train import check, make_model, new_model, train
+from cfol_nb.train import Diverging, check, make_model, new_model, train
 
 
 class RunsFailed(RuntimeError):
@@ -75,6 +75,11 @@ class Run:
     selected_epoch: int
     outcomes: dict[str, Outcomes]
     provenance: dict
+
+    @property
+    def warnings(self) -> list[str]:
+        """What went wrong in training, with the epoch in which it was first seen."""
+        return [f"epoch {e['epoch']}: {text}" for e in self.history for text in e.get("warnings", ())]
 
     @classmethod
     def load(cls, folder: Path) -> Run:
@@ -293,6 +298,7 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
 def _start_worker(devices, environment: dict[str, str]) -> None:
     """In a local process: one device of its own, and an end when its parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    warnings.simplefilter("ignore", Diverging)  # the caller of `compute` hears of it
     os.environ.clear()  # that of the server, which may be older than a change
     os.environ.update(environment)
     if devices is not None:
@@ -384,6 +390,9 @@ def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, c
     for key in (c.key() for c in configs):
         if key not in reasons:
             runs.append(Run.load(folders[key]))
+    if amiss := {r.folder.name: "; ".join(r.warnings) for r in runs if r.warnings}:
+        text = "\n".join(f"  {name}: {said}" for name, said in amiss.items())
+        warnings.warn(Diverging(f"{len(amiss)} of these runs diverged (see Run.warnings):\n{text}"), stacklevel=2)
     stale = sorted({r.folder.name for r in runs if r.provenance["code"] != code_hash()})
     if stale:
         warnings.warn(

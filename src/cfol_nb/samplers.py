@@ -11,7 +11,7 @@ oldest draws not yet accounted for: each is divided by the probability that held
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -132,13 +132,27 @@ class _Exp3(_Stateful):
         self._add(arm, wrong.detach().to(self.device, torch.float64) / p)
 
 
+def _relative(name: str, given: str | Sequence[float], count: Tensor) -> Tensor:
+    """(K,) float64 with mean 1, in proportion to a distribution over classes."""
+    if isinstance(given, str):
+        if given not in ("uniform", "empirical"):
+            raise ValueError(f"{name}={given!r} is not 'uniform', 'empirical', or one positive number per class")
+        return torch.ones(len(count), dtype=torch.float64) if given == "uniform" else count / count.double().mean()
+    share = torch.as_tensor(given, dtype=torch.float64)
+    if share.shape != count.shape or not (share.isfinite() & (share > 0)).all():
+        raise ValueError(f"{name}={list(given)} is not one positive number for each of {len(count)} classes")
+    return share / share.mean()
+
+
 class ClassSampler(_Exp3):
     """CFOL: draw a class from p = gamma / K + (1 - gamma) softmax(w), then an example of it uniformly.
 
     labels: (N,) integers in 0..K-1, every class present. gamma: mixing in [0, 1]. eta: step size *per example*; what
     carries over between sizes is eta times the examples seen in the whole run (the drift). num_classes: K, by default
     the largest label + 1. block: how many indices iterating draws at a time (your batch size is best).
-    Raises ValueError for a label out of range and for an empty class.
+    base: what gamma mixes with, in place of 1 / K; prior: softmax(w) before the first update; each is "uniform",
+    "empirical" (the shares of the classes in labels), or K positive numbers in proportion.
+    Raises ValueError for a label out of range, an empty class, and a base or prior that is none of these.
 
     Pethick, Chrysos, Cevher (TMLR 2023), Algorithm 1 of the submission; w has the sign plus, a class with loss gains.
     """
@@ -152,6 +166,8 @@ class ClassSampler(_Exp3):
         seed: int = 0,
         device=None,
         block: int = 128,
+        base: str | Sequence[float] = "uniform",
+        prior: str | Sequence[float] = "uniform",
     ):
         labels = torch.as_tensor(labels).to("cpu", torch.int64)
         if labels.ndim != 1 or not len(labels):
@@ -164,7 +180,10 @@ class ClassSampler(_Exp3):
             raise ValueError(f"class {int((count == 0).nonzero()[0])} has no examples: nothing could be drawn from it")
         super().__init__(len(labels), gamma, eta, seed, device, block)
         self.num_classes = k
-        self.register_buffer("w", torch.zeros(k, dtype=torch.float64, device=device))
+        base, prior = (_relative(name, given, count).to(device) for name, given in (("base", base), ("prior", prior)))
+        self.register_buffer("mix", gamma / k * base, persistent=False)
+        self.register_buffer("prior", prior.log(), persistent=False)
+        self.register_buffer("w", prior.log())
         self.register_buffer("count", count.to(device, torch.float64))
         self.register_buffer("start", (count.cumsum(0) - count).to(device))
         self.register_buffer("order", labels.argsort(stable=True).to(device))
@@ -172,7 +191,12 @@ class ClassSampler(_Exp3):
     @property
     def p(self) -> Tensor:
         """(K,) float64: the distribution that the next draw uses."""
-        return torch.softmax(self._buffers["w"], 0).mul_(1 - self.gamma).add_(self.gamma / self.num_classes)
+        return self.q.mul_(1 - self.gamma).add_(self._buffers["mix"])
+
+    @property
+    def q(self) -> Tensor:
+        """(K,) float64: softmax(w), what the losses say."""
+        return torch.softmax(self._buffers["w"], 0)
 
     def _current(self, arm: Tensor) -> Tensor:
         return self.p.index_select(0, arm)

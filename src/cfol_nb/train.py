@@ -93,7 +93,7 @@ class Trained:
     history: one dict per epoch.
 
     An entry has epoch, loss (mean), lr, and, where the held-out split was looked at, n, clean and robust: images and
-    correct predictions per class; and what the method traces, for CFOL p.
+    correct predictions per class; what the method traces, for CFOL p; and "warnings", if there were any.
     """
 
     weights: dict[str, dict[str, Tensor]]
@@ -101,6 +101,10 @@ class Trained:
     seconds: float  # of training, the looks at the held-out split and earlier parts of an interrupted run included
     looking: float  # of these, the looks at the held-out split
     history: list[dict]
+
+
+class Diverging(UserWarning):
+    """A run has left the track; the text is kept in its history, and in `Run.warnings`."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -184,6 +188,17 @@ def train(
     # the global generators only serve layers that draw, such as dropout; cuDNN must repeat itself
     with _seeded(config.seed, device), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         return _train(config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress, initial)
+
+
+def _fall(history: list[dict], kind: str) -> str:
+    """What to say when the accuracy on the held-out split has halved since its best, beyond the noise of its images."""
+    seen = [(sum(e[kind]) / sum(e["n"]), sum(e["n"])) for e in history if kind in e]
+    if not seen:
+        return ""
+    (now, n), best = seen[-1], max(accuracy for accuracy, _ in seen)
+    if now > best / 2 or best - now < 3 * math.sqrt(best * (1 - best) / n):
+        return ""
+    return f"the {kind} accuracy on held-out images fell below half of its best: lower lr, or the method's step size"
 
 
 def _optimizer(config: RunConfig, parameters, rate, graphed: bool) -> torch.optim.Optimizer:
@@ -318,6 +333,11 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                     method.after_epoch(epoch, {a: torch.from_numpy(c / size).to(device) for a, c in right.items()})
                 entry |= {name: value.tolist() for name, value in method.trace().items()}
                 history.append(entry)
+                complaints = [method.complaint(), _fall(history, "robust" if objective.attack_loss else "clean")]
+                said = {text for e in history for text in e.get("warnings", ())}
+                if new := [text for text in complaints if text and text not in said]:
+                    entry["warnings"] = new
+                    warnings.warn(Diverging(f"epoch {epoch}: {'; '.join(new)}"), stacklevel=3)
                 if checkpoint and checkpoint_every and epoch % checkpoint_every == 0:
                     save()
             if progress:

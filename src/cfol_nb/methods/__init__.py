@@ -57,6 +57,10 @@ class Method(nn.Module):
     def after_epoch(self, epoch: int, report: dict[str, Tensor]) -> None:
         """Class accuracies (K,) on the held-out split under the keys "clean" and "robust"."""
 
+    def complaint(self) -> str:
+        """What the user should know about this method's state, asked once an epoch; empty if nothing."""
+        return ""
+
     def trace(self) -> dict[str, Tensor]:
         """What is worth noting each epoch, indexed by class: name -> (K,)."""
         return {}

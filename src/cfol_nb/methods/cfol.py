@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,16 +28,34 @@ class CFOL(Method):
     form: "sample" draws classes from p; "reweight" draws as ERM does and weighs the loss by p_y over the share of class
     y in the images, which is K p_y on balanced data (Table 10 of the submission). gamma: share of uniform draws.
     eta: step size per example; by default drift / examples seen in the run,
-    where the released commands amount to a drift of 5e-6 * 40,000 * 200 = 40.
+    where the released commands amount to a drift of 5e-6 * 40,000 * 200 = 40. base, prior: "uniform" or "empirical",
+    as `ClassSampler` has them. reset: the parts of the run after which w starts anew, e.g. those at which the learning
+    rate falls. (The last three are options of the released code that no paper reports.)
     """
 
     def __init__(
-        self, *run, gamma: float = 0.5, eta: float | None = None, drift: float = 40.0, form: str = "sample", **named
+        self,
+        *run,
+        gamma: float = 0.5,
+        eta: float | None = None,
+        drift: float = 40.0,
+        form: str = "sample",
+        base: str = "uniform",
+        prior: str = "uniform",
+        reset: Sequence[float] = (),
+        **named,
     ):
         super().__init__(*run, **named)
         labels, num_classes, seed, examples = self.run
         self.form = choose("form of cfol", form, ("sample", "reweight"))
-        classes = ClassSampler(labels, gamma, step_size(eta, drift, examples), num_classes, seed)
+        eta = step_size(eta, drift, examples)
+        classes = ClassSampler(labels, gamma, eta, num_classes, seed, base=base, prior=prior)
+        if any(not 0 < part < 1 for part in reset):
+            raise ValueError(f"reset={list(reset)}: parts of the run between 0 and 1 are needed")
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+        self.register_buffer(
+            "reset", torch.tensor([part * examples for part in reset], dtype=torch.float64), persistent=False
+        )
         if form == "sample":
             self.sampler = classes
         else:
@@ -53,6 +73,15 @@ class CFOL(Method):
 
     def after_step(self, index: Tensor, y: Tensor, logits: Tensor) -> None:
         self.classes.update(y, _wrong(y, logits), None if self.form == "sample" else self.share[y])
+        if len(self.reset):
+            due = ((self.reset > self.seen) & (self.reset <= self.seen + len(y))).any()
+            self.classes.w.copy_(torch.where(due, self.classes.prior, self.classes.w))
+            self.seen += len(y)
+
+    def complaint(self) -> str:
+        if self.classes.q.max() <= 0.99:
+            return ""
+        return "CFOL's distribution has collapsed onto one class: its step size (drift or eta) is too large"
 
     def trace(self) -> dict[str, Tensor]:
         return {"p": self.classes.p}
