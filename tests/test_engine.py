@@ -14,7 +14,7 @@ from cfol_nb.engine import Frozen, choose_engine, make_step
 from cfol_nb.evaluate import as_float, evaluate
 from cfol_nb.methods import METHODS
 from cfol_nb.models import build
-from cfol_nb.objectives import OBJECTIVES
+from cfol_nb.objectives import OBJECTIVES, TemporalEnsemble
 from cfol_nb.stats import accuracies
 from cfol_nb.train import train
 
@@ -61,21 +61,22 @@ def parts(config, images, device="cpu"):
     objective = OBJECTIVES[config.objective["name"]]()
     optimizer, generator = torch.optim.SGD(model.parameters(), 0.01, 0.9), torch.Generator(device).manual_seed(0)
     how = choose_engine(config, torch.device(device))
-    return make_step(config, how, model, objective, method, optimizer, generator, 1, True), method, model
+    ensemble = TemporalEnsemble(len(images), 10).to(device) if config.ensembling else None
+    return make_step(config, how, model, objective, method, optimizer, generator, 1, True, ensemble), method, model
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("method", [*METHODS, {"name": "cfol", "form": "reweight"}], ids=str)
 def test_no_step_waits_for_the_device(images, method, objective):
     """What would make the host wait for a GPU shows here too: reading a number, a shape that depends on data."""
-    config = RunConfig(method=method, objective=objective, steps=2)
+    config = RunConfig(method=method, objective=objective, steps=2, ensembling={})
     step, method, _ = parts(config, images[0])
     seen = set()
     for _ in range(3):
         with Watch() as watch:
             index = method.draw(32)
             y = images[0].labels[index]
-            _, logits = step(images[0].images[index], y)
+            _, logits = step(images[0].images[index], y, index)
             method.after_step(index, y, logits)
         assert not watch.waits
         seen.add((index.shape, logits.shape))

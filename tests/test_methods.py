@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
+from scipy.special import softmax
 
 from cfol_nb.config import RunConfig
 from cfol_nb.methods import METHODS
 from cfol_nb.methods.cfol import CFOL, FOL
 from cfol_nb.methods.cvar import CVaR, LCVaR
-from cfol_nb.objectives import OBJECTIVES, TRADES
+from cfol_nb.objectives import OBJECTIVES, TRADES, TemporalEnsemble
 from cfol_nb.train import check, train
 
 LABELS = torch.arange(40) % 4
@@ -151,6 +152,20 @@ def test_trades_is_its_formula():
     want = -p[torch.arange(8), y].log() + 2.5 * (p * (p / q).log()).sum(1)
     torch.testing.assert_close(losses, want)
     torch.testing.assert_close(logits, model(x_adv))
+
+
+def test_an_image_that_is_drawn_twice_enters_the_ensemble_with_its_mean():
+    ensemble, rng, v = TemporalEnsemble(5, 3, weight=4.0, momentum=0.6, ramp=0.5).double(), np.random.default_rng(0), {}
+    for progress in (0.0, 0.3, 0.7):
+        index, clean, judged = np.array([1, 3, 1, 0]), rng.normal(size=(4, 3)), rng.normal(size=(4, 3))
+        ensemble.at(progress)
+        got = ensemble(*map(torch.from_numpy, (index, clean, judged)))
+        p, q = softmax(clean, 1), softmax(judged, 1)
+        for i in set(index.tolist()):
+            v[i] = 0.6 * v.get(i, np.zeros(3)) + 0.4 * p[index == i].mean(0)
+        omega = 4 * np.exp(-5 * (1 - min(2 * progress, 1)) ** 2)
+        want = [omega * ((row - v[i] / v[i].sum()) ** 2).sum() for i, row in zip(index.tolist(), q, strict=True)]
+        np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_frl_is_its_formula():

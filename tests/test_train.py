@@ -1,3 +1,4 @@
+import math
 import os
 import signal
 import threading
@@ -26,10 +27,13 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "ensemble"])
 def test_is_the_plain_loop(tiny, images, kind):
     """Against adversarial training written out by hand: same draws, same noise, torch's own optimiser and schedule."""
     given = {"optimizer": kind, "lr": 0.003 if kind == "adam" else 0.2}
+    given |= (
+        {"optimizer": "sgd", "ensembling": {"weight": 9, "momentum": 0.7, "ramp": 0.8}} if kind == "ensemble" else {}
+    )
     config = tiny(epochs=2, batch_size=32, schedule="cosine", weight_decay=1e-3, ema=0.8, **given)
     train_images, held = images
     model, n = new_model(config, train_images), len(train_images)
@@ -37,10 +41,10 @@ def test_is_the_plain_loop(tiny, images, kind):
     optimizer = {
         "sgd": torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9, weight_decay=1e-3),
         "adam": torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=1e-3),
-    }[kind]
+    }[config.optimizer]
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * (n // 32))
     average = {k: v.clone() for k, v in model.state_dict().items()}
-    done_steps = 0
+    done_steps, said = 0, np.zeros((n, 10))
     shuffle, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     for _ in range(2):
         order = torch.randperm(n, generator=shuffle)
@@ -49,7 +53,14 @@ def test_is_the_plain_loop(tiny, images, kind):
             x_adv = pgd(model, xb, yb, config.eps, config.step, config.steps, generator=noise)
             model.train()
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(x_adv), yb).backward()
+            loss = torch.nn.functional.cross_entropy(model(x_adv), yb)
+            if kind == "ensemble":
+                batch = order[32 * i : 32 * i + 32].numpy()
+                said[batch] = 0.7 * said[batch] + 0.3 * model(xb).softmax(1).detach().numpy()
+                target = torch.from_numpy(said[batch] / said[batch].sum(1, keepdims=True))
+                omega = 9 * math.exp(-5 * (1 - min(done_steps / (2 * (n // 32)) / 0.8, 1)) ** 2)
+                loss = loss + omega * (model(x_adv).softmax(1) - target).pow(2).sum(1).mean()
+            loss.backward()
             optimizer.step()
             scheduler.step()
             decay = min(0.8, (1 + done_steps) / (10 + done_steps))  # young averages forget faster
@@ -145,6 +156,7 @@ def test_sigterm_and_ctrl_c_stop_after_a_step_and_the_run_goes_on_to_the_same_by
     tiny, images, tmp_path, method, stop_at
 ):
     own = {"optimizer": "adam", "lr": 0.01} if method == FAIR else {"objective": "trades"} if method == FRL else {}
+    own |= {"ensembling": {}} if method == "cfol" else {}
     config, path = tiny(method=method, epochs=3, batch_size=48, ema=0.9, **own), tmp_path / "c.safetensors"
     straight = train(config, *images)
 

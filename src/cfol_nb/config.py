@@ -144,6 +144,14 @@ class Schedule(_Strict):
         return self.factor ** sum(progress >= m for m in self.milestones)
 
 
+class Ensembling(_Strict):
+    """Temporal ensembling: see `cfol_nb.objectives.TemporalEnsemble`."""
+
+    weight: float = Field(30.0, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    ramp: float = Field(0.5, gt=0, le=1)
+
+
 # What a data set is usually trained with; every value can be given instead.
 _COLUMNS = ("model", "eps", "epochs", "batch_size", "lr", "dtype", "holdout")
 _DIGITS = dict(zip(_COLUMNS, ("smallcnn", 0.15, 40, 64, 0.2, "float64", 0.1), strict=True))
@@ -172,6 +180,7 @@ class RunConfig(_Strict):
     model: Spec
     objective: Spec = Field(default_factory=lambda: {"name": "at"})
     method: Spec = Field(default_factory=lambda: {"name": "erm"})
+    ensembling: Ensembling | None = Field(None, description="temporal ensembling beside the objective; {} for usual")
     # what it starts from
     parent: RunConfig | None = Field(None, description="a run whose last weights this one starts from, or uses")
     remake: Spec | None = Field(

@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from cfol_nb.attacks import as_float, pgd
+from cfol_nb.attacks import as_float, evaluating, pgd
 from cfol_nb.config import RunConfig
 from cfol_nb.data import augment
+from cfol_nb.objectives import TemporalEnsemble
 
-StepFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+StepFunction = Callable[..., tuple[Tensor, Tensor]]
 
 
 def choose_engine(config: RunConfig, device: torch.device) -> str:
@@ -89,10 +90,12 @@ def make_step(
     generator: torch.Generator,
     crop: int,
     flip: bool,
+    ensemble: TemporalEnsemble | None = None,
 ) -> StepFunction:
     """The step: (pixels (n, C, H, W) uint8, y (n,)) -> (mean loss, logits (n, K)), and the weights have moved.
 
-    Crop and flip, attack, forward, backward, optimiser; drawing and telling the method are the caller's.
+    Crop and flip, attack, forward, backward, optimiser; drawing and telling the method are the caller's. With an
+    ensemble a step takes the indices (n,) of its images, too.
     """
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
@@ -116,11 +119,15 @@ def make_step(
     def adjust(logits: Tensor, y: Tensor) -> Tensor:  # bfloat16 is too coarse for margins and priors
         return method.adjust(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
 
-    def step(pixels: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def step(pixels: Tensor, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = as_float(augment(pixels, crop, flip, generator), dtype, device)
         with low_precision:
             x_adv = attack(x, y)
             losses, logits = objective(trained, x, x_adv, y, adjust, method.boundary(y))
+            if ensemble is not None:
+                with torch.no_grad(), evaluating(attacked):
+                    clean = attacked(x)
+                losses = losses + ensemble(index, clean, logits)
         loss = method.reduce(losses, y, logits)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -129,7 +136,7 @@ def make_step(
 
     if engine == "eager":
         return step
-    eager = make_step(config, "eager", model, objective, method, optimizer, generator, crop, flip)
+    eager = make_step(config, "eager", model, objective, method, optimizer, generator, crop, flip, ensemble)
     return _or_eager(Graphed(step, generator) if engine == "graph" else step, eager, generator)
 
 
@@ -137,13 +144,13 @@ def _or_eager(fast: StepFunction, eager: StepFunction, generator: torch.Generato
     """`fast`, or `eager` from the first call that a compiler or a capture refuses, with a warning that says why."""
     use = fast
 
-    def step(pixels: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def step(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal use
         if use is eager:
-            return eager(pixels, y)
+            return eager(*inputs)
         before = generator.get_state()
         try:
-            return fast(pixels, y)
+            return fast(*inputs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ImportError, OSError) as error:  # what Inductor and CUDA graphs raise
@@ -151,6 +158,6 @@ def _or_eager(fast: StepFunction, eager: StepFunction, generator: torch.Generato
             warnings.warn(f"the fast engine fails here, steps are computed eagerly: {reason}", stacklevel=2)
             generator.set_state(before)
             use = eager
-            return eager(pixels, y)
+            return eager(*inputs)
 
     return step

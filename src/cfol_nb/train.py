@@ -25,7 +25,7 @@ from cfol_nb.features import REMAKES
 from cfol_nb.files import Corrupt, code_hash, read_tensors, write_tensors
 from cfol_nb.methods import METHODS, Method
 from cfol_nb.models import build
-from cfol_nb.objectives import OBJECTIVES
+from cfol_nb.objectives import OBJECTIVES, TemporalEnsemble
 from cfol_nb.stats import counts
 
 
@@ -224,6 +224,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
     objective = OBJECTIVES[config.objective["name"]](**options("objective", config.objective, OBJECTIVES))
     own = options("method", config.method, METHODS)
     method: Method = METHODS[config.method["name"]](images.labels, k, config.seed, total * batch, **own).to(device)
+    ensemble = TemporalEnsemble(n, k, **dict(config.ensembling)).to(device, dtype) if config.ensembling else None
     engine = choose_engine(config, device)
     graphed = engine == "graph"  # whose learning rate must lie on the device
     rate = torch.tensor(config.lr, device=device) if graphed else config.lr
@@ -246,6 +247,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                 "selected": selected,
                 "averaged": averaged.state_dict() if averaged is not None else {},
                 "method": method.state_dict(),
+                "ensemble": ensemble.state_dict() if ensemble is not None else {},
                 "optimizer": optimizer.state_dict(),
                 "generator": generator.get_state(),
                 "step": step,
@@ -273,6 +275,8 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
         if averaged is not None:
             averaged.load_state_dict(state["averaged"])
         method.load_state_dict(state["method"])
+        if ensemble is not None:
+            ensemble.load_state_dict(state["ensemble"])
         optimizer.load_state_dict(state["optimizer"])
         for group in optimizer.param_groups if graphed else ():
             group["lr"] = rate
@@ -284,7 +288,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
             for g, old in zip(_generators(device), state["global"], strict=True):
                 g.set_state(old)
 
-    compute_step = make_step(config, engine, model, objective, method, optimizer, generator, crop, flip)
+    compute_step = make_step(config, engine, model, objective, method, optimizer, generator, crop, flip, ensemble)
 
     def look(epoch: int) -> Outcomes:
         """The held-out split, clean and under the training attack."""
@@ -306,7 +310,11 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                 group["lr"] = group["lr"].fill_(lr) if graphed else lr
             index = method.draw(batch)
             y = labels[index]
-            loss, logits = compute_step(pixels[index], y)
+            if ensemble is None:
+                loss, logits = compute_step(pixels[index], y)
+            else:
+                ensemble.at(step / total)
+                loss, logits = compute_step(pixels[index], y, index)
             method.after_step(index, y, logits)  # the loss at the parameters before the step
             if averaged is not None:
                 _average(averaged, model, min(config.ema, (1 + step) / (10 + step)))
