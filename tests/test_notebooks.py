@@ -188,6 +188,8 @@ def test_parameter_files_fit_their_notebooks_and_their_runs_can_be_made(path):
     common = {**values["settings"], "dataset": values["dataset"]}
     for how in ({}, *values.get("networks", {}).values(), *values.get("optimisers", {}).values()):
         check(RunConfig(**{**common, **how}))
+    for how in (values.get("tuning", {}), values.get("second", {})):
+        check(RunConfig(**{**common, **how}, parent=RunConfig(**common)))
     for eps in values.get("radii", []):
         RunConfig(**{**common, "eps": eps})
     for name in ("matching", "moving"):

@@ -353,3 +353,14 @@ def test_figures_of_the_discrepancy_study_show_what_they_were_given():
     assert "-1.00" in fig.axes[0].get_title(loc="left")
     assert [t.get_text() for t in fig.axes[0].texts] == list("abc")
     plots.plt.close("all")
+
+
+def test_text_of_intervals_and_tables():
+    row = pd.Series({"value": 0.1234, "low": -0.05, "high": 0.2})
+    assert stats.interval(row) == "12.3 [-5.0, 20.0]"
+    assert stats.interval(row.rename({"value": "difference"}), "+") == "+12.3 [-5.0, +20.0]"
+    table = pd.DataFrame({"a b": [1, 2], "c": ["x", ""]}, index=["first", "second"])
+    lines = [[x.strip() for x in line.split("|")] for line in stats.markdown(table).splitlines()]
+    assert lines[0] == ["", "", "a b", "c", ""]
+    assert set(lines[1][1:-1]) == {"---"}
+    assert lines[2:] == [["", "first", "1", "x", ""], ["", "second", "2", "", ""]]

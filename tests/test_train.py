@@ -317,11 +317,15 @@ def test_a_fall_below_half_of_the_best_epoch_is_told_from_noise(tiny, images):
     def history(*right, n=60):
         return [{"robust": [r // 2, r - r // 2], "n": [n // 2, n - n // 2]} for r in right]
 
-    assert _fall(history(30, 50, 20), "robust")
-    assert not _fall(history(30, 50, 26), "robust")  # not the half
-    assert not _fall(history(8, 6, 3), "robust")  # chance, and noise around it
-    assert not _fall(history(50, 20, 50), "robust")  # it came back
-    assert not _fall(history(50, 20), "clean")
+    assert _fall(history(30, 50, 20), "robust", over=True)
+    assert not _fall(history(30, 50, 20), "robust", over=False)  # one look
+    assert not _fall(history(50, 20, 20), "robust", over=False)
+    assert _fall(history(50, 20, 20, 20), "robust", over=False)
+    assert not _fall(history(50, 20, 20, 26), "robust", over=False)  # it came back to more than the half
+    assert not _fall(history(30, 50, 26), "robust", over=True)
+    assert not _fall(history(8, 6, 3), "robust", over=True)  # chance, and noise around it
+    assert not _fall(history(0), "robust", over=True)
+    assert not _fall(history(50, 20), "clean", over=True)
     with pytest.warns(Diverging, match="epoch 1: CFOL's distribution has collapsed") as caught:
         done = train(tiny(method={"name": "cfol", "drift": 1e5}, epochs=3), *images)
     said = [text for e in done.history for text in e.get("warnings", ())]

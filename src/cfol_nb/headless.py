@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
 import json
 import logging
@@ -175,8 +176,24 @@ def headlines(path: Path) -> list[str]:
     return [text for text in out if text]
 
 
+def shared(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
+    """What an executed notebook gives to the README: texts that it prints between <!-- name --> and <!-- /name -->, by
+    name, with these marks; and figures of cells that end with a comment '# docs/NAME.png', by that path."""
+    texts, pictures = {}, {}
+    for cell in nbformat.read(path, 4).cells:
+        for output in cell.get("outputs", ()):
+            found = re.finditer(r"<!-- (\w+) -->.*?<!-- /\1 -->", output.get("text", ""), re.S)
+            texts |= {m[1]: m[0] for m in found}
+            if (named := re.search(r"# (docs/\w+\.png)$", cell.source)) and "image/png" in output.get("data", {}):
+                pictures[named[1]] = base64.b64decode(output["data"]["image/png"])
+    return texts, pictures
+
+
 def store(source: Path) -> None:
-    """Run a notebook with its defaults and keep the result, cleaned of times, as the stored run in `notebooks/`."""
+    """Run a notebook with its defaults and keep the result, cleaned of times, as the stored run in `notebooks/`.
+
+    What it gives to the README is renewed there.
+    """
     executed = nbformat.read(run(source), 4)
     for cell in executed.cells:
         for key in ("papermill", "execution", "ExecuteTime"):
@@ -184,6 +201,14 @@ def store(source: Path) -> None:
     executed.metadata.pop("papermill", None)
     executed.metadata.pop("widgets", None)
     nbformat.write(executed, source)
+    texts, pictures = shared(source)
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, block in texts.items():
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.S)
+    readme.write_text(text)
+    for name, picture in pictures.items():
+        (ROOT / name).write_bytes(picture)
 
 
 _PAGE = """<!doctype html>

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from scipy.stats import entropy
 
 from cfol_nb.evaluate import Outcomes
 from cfol_nb.stats import _listed, accuracies, class_table, last_attack, summary, wilson
@@ -87,8 +89,9 @@ def class_accuracies(
 
 
 def life_of_p(p: pd.DataFrame, top: int = 3) -> Figure:
-    """CFOL's distribution over training (rows: epoch, columns: class), the `top` most drawn classes in colour."""
-    fig, ax = plt.subplots(figsize=(7, 3.6))
+    """CFOL's distribution over training (rows: epoch, columns: class), the `top` most drawn classes in colour; below it
+    exp(entropy), the number of classes from which is drawn in effect."""
+    fig, (ax, below) = plt.subplots(2, sharex=True, figsize=(7, 4.8), height_ratios=(3, 1))
     order = p.iloc[-1].sort_values(ascending=False).index
     colours = dict(zip(order[:top], sns.color_palette("rocket", top + 1), strict=False))
     for name in order[::-1]:
@@ -109,7 +112,48 @@ def life_of_p(p: pd.DataFrame, top: int = 3) -> Figure:
     ax.annotate(
         "uniform", (p.index[-1], 1 / p.shape[1]), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9
     )
-    ax.set(xlabel="epoch", ylabel="share of draws", xlim=(p.index[0], p.index[-1]))
+    ax.set(ylabel="share of draws", xlim=(p.index[0], p.index[-1]))
+    below.plot(p.index, np.exp(entropy(p, axis=1)), color="#444444", lw=1.6)
+    below.set(xlabel="epoch", ylabel="classes\nin effect")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return fig
+
+
+def lines(table: pd.DataFrame, x: str, y: str, colour: str, panel: str, logarithmic: bool = False) -> Figure:
+    """A panel for each value of the column `panel`: `y` over `x`, a line for each value of `colour`.
+
+    A line is the mean over the other rows, its band reaches from the lowest of them to the highest.
+    """
+    values = list(dict.fromkeys(table[panel]))
+    size = (1 + 4.2 * len(values), 3.6)
+    fig, axes = plt.subplots(1, len(values), figsize=size, sharex=True, sharey=True, squeeze=False)
+    palette = sns.color_palette(
+        "crest" if pd.api.types.is_numeric_dtype(table[colour]) else "deep", table[colour].nunique()
+    )
+    for ax, value in zip(axes[0], values, strict=True):
+        of_panel = {"data": table[table[panel] == value], "x": x, "y": y, "hue": colour, "palette": palette}
+        sns.lineplot(**of_panel, errorbar=("pi", 100), marker="o", ms=5, legend=ax is axes[0, -1], ax=ax)
+        ax.set_title(value, fontsize=11, loc="left")
+    if logarithmic:
+        axes[0, 0].set_xscale("log")
+    elif pd.api.types.is_integer_dtype(table[x]):
+        axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return fig
+
+
+def gains(table: pd.DataFrame) -> Figure:
+    """What each class gained, in points: rows are classes, with columns before, difference, low and high in [0, 1], as
+    of `stats.lift`; the class that was weakest before stands at the bottom."""
+    table = table.sort_values("before")
+    rows, value = np.arange(len(table)), 100 * table["difference"].to_numpy()
+    ends = 100 * np.abs(table[["low", "high"]].sub(table["difference"], axis=0).to_numpy().T)
+    fig, ax = plt.subplots(figsize=(7, max(2.6, 0.3 * len(table))))
+    ax.barh(rows, value, color=np.where(value < 0, "#c9a227", "#3b7d8c"), height=0.65)
+    ax.errorbar(value, rows, xerr=ends, fmt="none", ecolor="#333333", elinewidth=1)
+    ax.axvline(0, color="#444444", lw=1)
+    ax.set_yticks(rows, [f"{name} ({100 * b:.0f} %)" for name, b in table["before"].items()])
+    ax.set(xlabel="accuracy gained, in points", ylabel="class (before)")
+    ax.grid(axis="y", visible=False)
     return fig
 
 

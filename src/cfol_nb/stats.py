@@ -355,6 +355,18 @@ def weakest(outcomes: Outcomes | Sequence[Outcomes], attack: str | None = None) 
     return several[0].class_names[int(np.nanargmin(np.mean([accuracies(o, attack) for o in several], 0)))]
 
 
+def interval(row: pd.Series, sign: str = "") -> str:
+    """'value [low, high]' in per cent, of a row of `summary` or `lift`; sign "+": differences show theirs."""
+    value = row["value"] if "value" in row else row["difference"]
+    return f"{100 * value:{sign}.1f} [{100 * row['low']:{sign}.1f}, {100 * row['high']:{sign}.1f}]"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of text as Markdown shows it, the index first."""
+    rows = [["", *table.columns], ["---"] * (1 + table.shape[1]), *table.reset_index().to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(map(str, row)).strip() + " |" for row in rows)
+
+
 def stated(
     groups: Mapping[str, Outcomes | Sequence[Outcomes]],
     statistics: Sequence[str] = ("mean", "tail", "worst"),
@@ -364,13 +376,10 @@ def stated(
     """Text table: a row per group, the statistics of `summary` as 'per cent [95 % interval]'; versus: paired
     differences from these runs, with their sign."""
     sign = "" if versus is None else "+"
-
-    def cell(row) -> str:
-        return f"{100 * row.value:{sign}.1f} [{100 * row.low:{sign}.1f}, {100 * row.high:{sign}.1f}]"
-
     tables = {label: summary(several, attack, versus=versus) for label, several in groups.items()}
     return pd.DataFrame.from_dict(
-        {label: {name: cell(t.loc[name]) for name in statistics} for label, t in tables.items()}, orient="index"
+        {label: {name: interval(t.loc[name], sign) for name in statistics} for label, t in tables.items()},
+        orient="index",
     )
 
 

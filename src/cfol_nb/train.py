@@ -190,15 +190,15 @@ def train(
         return _train(config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress, initial)
 
 
-def _fall(history: list[dict], kind: str) -> str:
-    """What to say when the accuracy on the held-out split has halved since its best, beyond the noise of its images."""
+def _fall(history: list[dict], kind: str, over: bool) -> str:
+    """What to say when the accuracy on the held-out split has halved since its best, beyond the noise of its images, at
+    three looks in a row or at the last one."""
     seen = [(sum(e[kind]) / sum(e["n"]), sum(e["n"])) for e in history if kind in e]
-    if not seen:
+    recent, best = seen[-1:] if over else seen[-3:], max((accuracy for accuracy, _ in seen), default=0)
+    low = [a <= best / 2 and best - a > 3 * math.sqrt(best * (1 - best) / n) for a, n in recent]
+    if not all(low) or len(low) < (1 if over else 3):
         return ""
-    (now, n), best = seen[-1], max(accuracy for accuracy, _ in seen)
-    if now > best / 2 or best - now < 3 * math.sqrt(best * (1 - best) / n):
-        return ""
-    return f"the {kind} accuracy on held-out images fell below half of its best: lower lr, or the method's step size"
+    return f"the {kind} accuracy on held-out images is below half of its best: lower lr, or the method's step size"
 
 
 def _optimizer(config: RunConfig, parameters, rate, graphed: bool) -> torch.optim.Optimizer:
@@ -290,6 +290,8 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
 
     compute_step = make_step(config, engine, model, objective, method, optimizer, generator, crop, flip, ensemble)
 
+    judged = "robust" if objective.attack_loss else "clean"
+
     def look(epoch: int) -> Outcomes:
         """The held-out split, clean and under the training attack."""
         steps = config.validate_steps or config.steps
@@ -333,7 +335,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                     looking += time.perf_counter() - before
                     right = {a: counts(outcomes, a)[0] for a in ("clean", "robust")}
                     size = counts(outcomes, "clean")[1]
-                    accuracy = torch.from_numpy(right["robust" if objective.attack_loss else "clean"] / size)
+                    accuracy = torch.from_numpy(right[judged] / size)
                     score = float(accuracy.min() if config.select == "worst" else accuracy.mean())
                     if score > best[0]:
                         best, selected = (score, epoch), _copy(model.state_dict())
@@ -341,7 +343,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                     method.after_epoch(epoch, {a: torch.from_numpy(c / size).to(device) for a, c in right.items()})
                 entry |= {name: value.tolist() for name, value in method.trace().items()}
                 history.append(entry)
-                complaints = [method.complaint(), _fall(history, "robust" if objective.attack_loss else "clean")]
+                complaints = [method.complaint(), _fall(history, judged, step == total)]
                 said = {text for e in history for text in e.get("warnings", ())}
                 if new := [text for text in complaints if text and text not in said]:
                     entry["warnings"] = new

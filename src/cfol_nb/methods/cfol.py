@@ -79,7 +79,7 @@ class CFOL(Method):
             self.seen += len(y)
 
     def complaint(self) -> str:
-        if self.classes.q.max() <= 0.99:
+        if self.classes.q.max() <= 0.99 or self.classes.gamma == 1:
             return ""
         return "CFOL's distribution has collapsed onto one class: its step size (drift or eta) is too large"
 
