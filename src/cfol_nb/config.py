@@ -203,7 +203,9 @@ class RunConfig(_Strict):
     # selection and evaluation
     select: Literal["mean", "worst"] = "mean"
     validate_every: int = Field(1, ge=1, description="epochs between two looks at the held-out split")
-    validate_steps: int | None = Field(None, ge=1, description="attack steps of such a look; None: as in training")
+    validate_steps: int | None = Field(
+        None, ge=1, description="attack steps of such a look; None: as in training (1 if clean)"
+    )
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay per step of averaged weights, kept beside the others"
     )

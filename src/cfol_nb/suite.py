@@ -17,7 +17,7 @@ from cfol_nb.data import prepare
 from cfol_nb.evaluate import Outcomes
 from cfol_nb.files import ROOT, read_json, write_json
 from cfol_nb.runs import Run, RunsFailed, _Progress, compute, folder_of, resolve, threads, whole
-from cfol_nb.train import check, train
+from cfol_nb.train import check, look_steps, train
 
 PAPER = {"epochs": 200, "schedule": {"name": "step", "milestones": [0.5, 0.75]}}
 METHODS = {
@@ -64,7 +64,7 @@ def estimate(config: RunConfig, steps: int = 8) -> float:
         train(config, images, held, crop=data.crop, flip=data.flip, progress=watch)
     step = (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else times[-1] - times[0]
     per_pass = step / (config.batch_size * (2 * config.steps + 3))  # one forward pass of one image
-    looks = -(-config.epochs // config.validate_every) * len(held) * (2 * (config.validate_steps or config.steps) + 2)
+    looks = -(-config.epochs // config.validate_every) * len(held) * (2 * look_steps(config) + 2)
     slower = 6 if config.dtype == "bfloat16" else 1  # the test is evaluated in float32
     kinds = 3 if config.ema else 2
     passes = 1 + sum(a.passes for a in config.attacks.values())

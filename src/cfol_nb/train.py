@@ -47,6 +47,12 @@ def check(config: RunConfig) -> None:
         raise ValueError("device='cuda', but torch sees no CUDA device: use device='cpu' or 'auto'")
 
 
+def look_steps(config: RunConfig) -> int:
+    """Attack steps of a look at the held-out split: as in training; one where training has no attack, so that the looks
+    stay cheap beside it."""
+    return config.validate_steps or (config.steps if OBJECTIVES[config.objective["name"]].attack_loss else 1)
+
+
 _sharing = threading.Lock()  # of torch's global generators, from which layers are initialised and dropout draws
 
 
@@ -294,7 +300,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
 
     def look(epoch: int) -> Outcomes:
         """The held-out split, clean and under the training attack."""
-        steps = config.validate_steps or config.steps
+        steps = look_steps(config)
         against = {"eps": config.eps, "step": config.step * config.steps / steps, "steps": steps, "norm": config.norm}
         try:
             with low_precision:  # it only selects; the test is evaluated in full precision
