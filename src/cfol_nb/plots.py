@@ -69,13 +69,14 @@ def class_accuracies(
         ax.axvline(robust.mean(), color=ROBUST, lw=1, ls=":", zorder=0)
         ax.axvline(clean.mean(), color="#8494a4", lw=1, ls=":", zorder=0)
         worst = int(robust.argmin())
+        room = low[worst] > 0.16  # beside the bar, or else beyond the clean point
         ax.annotate(
             f"{100 * robust[worst]:.0f} %",
-            (low[worst] if low[worst] > 0.12 else high[worst], rows[worst]),  # beside the bar, where there is room
-            xytext=(-6 if low[worst] > 0.12 else 6, 0),
+            (low[worst] if room else max(high[worst], clean[worst]), rows[worst]),
+            xytext=(-6 if room else 8, 0),
             textcoords="offset points",
             va="center",
-            ha="right" if low[worst] > 0.12 else "left",
+            ha="right" if room else "left",
             color=ROBUST,
             fontweight="bold",
         )
