@@ -110,6 +110,14 @@ def test_the_estimate_is_near_the_truth():
     assert stored() == [run.folder]
 
 
+def test_the_estimate_counts_a_parent_that_is_not_stored():
+    parent = RunConfig(**{**TINY, "epochs": 60})
+    child = RunConfig(**{**TINY, "epochs": 1}, parent=parent)
+    before = estimate(child)
+    compute([parent])
+    assert before > 5 * estimate(child)
+
+
 def test_everything_is_checked_before_the_first_run(tmp_path):
     configs = configurations("digits", ["erm"], 1, **TINY) + configurations(
         "digits", ["erm"], 1, model="nothing", **TINY

@@ -49,7 +49,8 @@ def configurations(dataset: str, methods: Sequence[str], seeds: int, **settings)
 
 
 def estimate(config: RunConfig, steps: int = 8) -> float:
-    """Seconds that a run will take, from a few of its own training steps; looks and evaluation by their passes."""
+    """Seconds that a run will take, from a few of its own training steps; looks and evaluation by their passes; with
+    its parent, if that is not stored. What `remake` takes is not in it."""
     images, held, data = prepare(config)
     times = []
 
@@ -69,7 +70,9 @@ def estimate(config: RunConfig, steps: int = 8) -> float:
     kinds = 3 if config.ema else 2
     passes = 1 + sum(a.passes for a in config.attacks.values())
     total = len(images) // config.batch_size * config.epochs
-    return 1.1 * (step * total + per_pass * (looks + slower * kinds * passes * len(data.test)))
+    own = 1.1 * (step * total + per_pass * (looks + slower * kinds * passes * len(data.test)))
+    parent = config.parent and resolve(config.parent)
+    return own + (estimate(parent, steps) if parent and not whole(folder_of(parent)) else 0)
 
 
 def publish(run: Run, results: Path) -> Path:
