@@ -157,6 +157,24 @@ def test_a_finished_notebook_appears_whole_and_in_the_callers_folder(toy, tmp_pa
 
 
 @pytest.mark.slow
+def test_storing_a_notebook_renews_what_the_readme_shows_of_it(toy, tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(
+        "before <!-- sum --> old <!-- /sum --> after <!-- other --> kept <!-- /other -->"
+    )
+    monkeypatch.setattr(headless, "ROOT", tmp_path)
+    source = toy(
+        "print('<!-- sum -->', 1 + 2, '<!-- /sum --> and <!-- nowhere --> x <!-- /nowhere -->')",
+        "import matplotlib.pyplot as plt\nfig, ax = plt.subplots()  # docs/empty.png",
+    )
+    headless.store(source)
+    text = "before <!-- sum --> 3 <!-- /sum --> after <!-- other --> kept <!-- /other -->"
+    assert (tmp_path / "README.md").read_text() == text
+    assert headless.shared(source)[1].keys() == {"docs/empty.png"}
+    assert (tmp_path / "docs/empty.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "says"), [("1 / 0", "ZeroDivisionError"), ("import os; os._exit(3)", "died")])
 def test_failing_cells_and_dead_kernels_leave_the_partial_notebook(toy, tmp_path, cell, says):
     out = tmp_path / "out/toy.ipynb"
