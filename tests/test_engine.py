@@ -65,18 +65,22 @@ def parts(config, images, device="cpu"):
     return make_step(config, how, model, objective, method, optimizer, generator, 1, True, ensemble), method, model
 
 
+FORGETS = {"name": "cfol", "base": "empirical", "prior": "empirical", "reset": [0.05, 0.5]}
+
+
+@pytest.mark.parametrize("ensembling", [None, {}], ids=["plain", "ensemble"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("method", [*METHODS, {"name": "cfol", "form": "reweight"}], ids=str)
-def test_no_step_waits_for_the_device(images, method, objective):
+@pytest.mark.parametrize("method", [*METHODS, {"name": "cfol", "form": "reweight"}, FORGETS], ids=str)
+def test_no_step_waits_for_the_device(images, method, objective, ensembling):
     """What would make the host wait for a GPU shows here too: reading a number, a shape that depends on data."""
-    config = RunConfig(method=method, objective=objective, steps=2, ensembling={})
+    config = RunConfig(method=method, objective=objective, steps=2, ensembling=ensembling)
     step, method, _ = parts(config, images[0])
     seen = set()
     for _ in range(3):
         with Watch() as watch:
             index = method.draw(32)
             y = images[0].labels[index]
-            _, logits = step(images[0].images[index], y, index)
+            _, logits = step(images[0].images[index], y, *([] if ensembling is None else [index]))
             method.after_step(index, y, logits)
         assert not watch.waits
         seen.add((index.shape, logits.shape))
@@ -96,19 +100,27 @@ def test_the_attack_computes_no_weight_gradient(how, monkeypatch):
     assert watch.input_gradients == 3 * convolutions
 
 
-def test_a_compiled_step_is_the_eager_one_in_two_compilations(images, monkeypatch):
-    """Through AOTAutograd without a code generator: the same operations, so the same numbers."""
+@pytest.mark.parametrize("ensembling", [None, {"weight": 1e4}], ids=["plain", "ensemble"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("model", ["smallcnn", {"name": "preactresnet18", "width": 4}], ids=["cnn", "batch norm"])
+def test_a_compiled_step_is_the_eager_one_in_few_compilations(images, monkeypatch, model, objective, ensembling):
+    """Through AOTAutograd without a code generator: the same operations, so the same numbers.
+
+    Two compilations: the attacked and the trained network; TRADES calls both on clean images too, an ensemble one.
+    """
     monkeypatch.setattr(engine.torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     results = {}
     for how in ("eager", "compile"):
-        step, method, model = parts(RunConfig(engine=how, steps=3), images[0])
+        given = {"model": model, "objective": objective, "ensembling": ensembling}
+        step, method, net = parts(RunConfig(engine=how, steps=3, **given), images[0])
         for _ in range(3):
             index = method.draw(32)
-            step(images[0].images[index], images[0].labels[index])
-        results[how] = model.state_dict()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+            step(images[0].images[index], images[0].labels[index], *([] if ensembling is None else [index]))
+        results[how] = net.state_dict()
+    most = 2 + 2 * (objective == "trades") + (ensembling is not None)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= most
     for k, v in results["eager"].items():
         torch.testing.assert_close(results["compile"][k], v, rtol=0, atol=1e-10)
 

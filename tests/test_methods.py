@@ -122,6 +122,9 @@ def test_cfol_complains_when_p_collapses():
         method.after_step(index, LABELS[index], logits_of(LABELS[index], LABELS[index] == 3))
     assert method.classes.q.max() > 0.99
     assert "collapsed" in method.complaint()
+    rare = torch.tensor([0] * 995 + [1] * 5)
+    assert CFOL(rare, 2, prior="empirical").complaint() == ""  # the data are like that
+    assert CFOL(torch.zeros(5, dtype=torch.int64), 1).complaint() == ""
 
 
 def test_drift_is_eta_times_the_examples_of_the_run():
@@ -233,7 +236,8 @@ def test_every_method_trains_with_every_objective(method, objective, tiny, digit
         (lambda: CFOL(LABELS, 4, form="both"), "reweight"),
         (lambda: CFOL(LABELS, 4, eta=-1), "eta=-1"),
         (lambda: CFOL(LABELS, 4, reset=[1.0]), "between 0 and 1"),
-        (lambda: CFOL(LABELS, 4, base="flat"), "base='flat'"),
+        (lambda: CFOL(LABELS, 4, reset=["a"]), "between 0 and 1"),
+        (lambda: CFOL(LABELS, 4, base="flat"), "unknown base of cfol 'flat'"),
         (lambda: CFOL(LABELS[LABELS != 1], 4), "class 1 has no examples"),
         (lambda: TRADES(beta=-1), "beta=-1"),
         (lambda: METHODS["frl"](LABELS, 4, limit=1), "limit=1"),

@@ -105,6 +105,8 @@ def test_publish_writes_stored_runs_that_can_be_read_again(command, tiny, tmp_pa
         (("train", "--dataset", "stl10"), "fetch stl10"),
         (("run", "99"), "unknown notebook"),
         (("train", "-s", "seed=abc"), "seed"),
+        (("train", "-s", "method.reset=0.5"), "reset=0.5: a list"),
+        (("train", "-s", "method.prior=[1, 2]"), "prior of cfol"),
         (("train", "-s", "method.gamma=7"), "gamma=7"),
         (("train", "-s", "batch_size=5000"), "batch_size=5000 is larger"),
         (("suite", "digits", "--methods", "erm,cfl"), "did you mean 'cfol'"),
@@ -131,6 +133,7 @@ def test_settings_mean_what_they_say():
     assert cli._settings("digits", ["model=resnet18", "model.width=8"])["model"] == {"name": "resnet18", "width": 8}
     assert cli._settings("digits", ["imbalance.factor=10"])["imbalance"] == {"factor": 10}
     assert cli._settings("digits", ["method.drift=3"], method="cfol")["method"] == {"name": "cfol", "drift": 3}
+    assert cli._settings("digits", ["ensembling.weight=9"])["ensembling"] == {"weight": 9}
     assert cli._settings("digits", ["eps=8/255"])["eps"] == 8 / 255
 
 
@@ -206,9 +209,9 @@ def test_readmes_tables_are_those_of_the_published_runs():
     shown = re.search(r"<!-- cifar10 -->\n(.*?)<!-- /cifar10 -->", README, re.S)[1]
     usual = listing(published()).query("dataset == 'cifar10' and objective == 'at' and variant == ''")
     usual = usual[usual["network"].eq("preactresnet18 16")].set_index("method")["outcomes"]
-    for line, method in zip(shown.splitlines()[2:], ("erm", "cfol 40.0"), strict=False):
+    for line, method in zip(shown.splitlines()[2:], ("erm", "cfol"), strict=False):
         assert [x.strip() for x in line.strip("|").split("|")][1:] == headline({"": usual[method]}).iloc[0].tolist()
-    gain = 100 * summary(usual["cfol 40.0"], versus=usual["erm"])
+    gain = 100 * summary(usual["cfol"], versus=usual["erm"])
     worst, mean = (f"{g.value:+.1f} [{g.low:+.1f}, {g.high:+.1f}]" for g in (gain.loc["worst"], gain.loc["mean"]))
     assert f"worst class {worst} points, mean {mean}." in " ".join(shown.split())
 

@@ -150,7 +150,7 @@ def test_a_listing_names_what_is_unusual_about_a_run():
         "",
         f"parent {RunConfig().hash()}, remake matched 3",
         "norm l2, eps 0.5",
-        "imbalance 10.0",
+        "imbalance 10",
     ]
     assert table["size"].tolist() == ["", "", "", "", "", "train_limit 30, epochs 9, dtype float32", "", "", ""]
     assert table["network"].tolist() == ["smallcnn"] * 7 + ["smallcnn 32", "smallcnn"]

@@ -56,7 +56,7 @@ def _settings(dataset: str, texts: list[str], **values) -> dict:
     for name, text in pairs.items():
         key, _, inner = name.partition(".")
         if inner:
-            if key not in ("model", "method", "objective", "schedule", "imbalance"):
+            if key not in ("model", "method", "objective", "schedule", "imbalance", "ensembling"):
                 raise ValueError(f"{key} takes no options, so {name} means nothing")
             held = values.get(key, RunConfig(dataset=values["dataset"]).model_dump()[key]) or {}
             values[key] = {**({"name": held} if isinstance(held, str) else held), inner: parse(text)}

@@ -109,8 +109,6 @@ def make_step(
     def attack(x: Tensor, y: Tensor) -> Tensor:
         if objective.attack_loss is None:
             return x
-        if frozen is not None:
-            frozen.refresh()
         factor = method.radius(y)
         eps, step = (config.eps, config.step) if factor is None else (config.eps * factor, config.step * factor)
         loss, options = objective.attack_loss, {"generator": generator, "check": False}
@@ -122,11 +120,14 @@ def make_step(
     def step(pixels: Tensor, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = as_float(augment(pixels, crop, flip, generator), dtype, device)
         with low_precision:
+            if frozen is not None and (ensemble is not None or objective.attack_loss is not None):
+                frozen.refresh()
             x_adv = attack(x, y)
-            losses, logits = objective(trained, x, x_adv, y, adjust, method.boundary(y))
             if ensemble is not None:
                 with torch.no_grad(), evaluating(attacked):
                     clean = attacked(x)
+            losses, logits = objective(trained, x, x_adv, y, adjust, method.boundary(y))
+            if ensemble is not None:
                 losses = losses + ensemble(index, clean, logits)
         loss = method.reduce(losses, y, logits)
         optimizer.zero_grad(set_to_none=True)

@@ -128,12 +128,12 @@ def lines(table: pd.DataFrame, x: str, y: str, colour: str, panel: str, logarith
     values = list(dict.fromkeys(table[panel]))
     size = (1 + 4.2 * len(values), 3.6)
     fig, axes = plt.subplots(1, len(values), figsize=size, sharex=True, sharey=True, squeeze=False)
-    palette = sns.color_palette(
-        "crest" if pd.api.types.is_numeric_dtype(table[colour]) else "deep", table[colour].nunique()
-    )
+    levels = list(dict.fromkeys(table[colour]))
+    palette = sns.color_palette("crest" if pd.api.types.is_numeric_dtype(table[colour]) else "deep", len(levels))
     for ax, value in zip(axes[0], values, strict=True):
-        of_panel = {"data": table[table[panel] == value], "x": x, "y": y, "hue": colour, "palette": palette}
-        sns.lineplot(**of_panel, errorbar=("pi", 100), marker="o", ms=5, legend=ax is axes[0, -1], ax=ax)
+        of_panel = {"data": table[table[panel] == value], "x": x, "y": y, "hue": colour}
+        colours = {"hue_order": levels, "palette": dict(zip(levels, palette, strict=True))}
+        sns.lineplot(**of_panel, **colours, errorbar=("pi", 100), marker="o", ms=5, legend=ax is axes[0, -1], ax=ax)
         ax.set_title(value, fontsize=11, loc="left")
     if logarithmic:
         axes[0, 0].set_xscale("log")

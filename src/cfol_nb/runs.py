@@ -78,8 +78,9 @@ class Run:
 
     @property
     def warnings(self) -> list[str]:
-        """What went wrong in training, with the epoch in which it was first seen."""
-        return [f"epoch {e['epoch']}: {text}" for e in self.history for text in e.get("warnings", ())]
+        """What is wrong with the run at its end, with the epoch in which it was first seen."""
+        told = {text: e["epoch"] for e in reversed(self.history) for text in e.get("warnings", ())}
+        return [f"epoch {told[text]}: {text}" for text in self.history[-1].get("warnings", ())]
 
     @classmethod
     def load(cls, folder: Path) -> Run:

@@ -132,10 +132,13 @@ class _Exp3(_Stateful):
         self._add(arm, wrong.detach().to(self.device, torch.float64) / p)
 
 
+NAMES = ("uniform", "empirical")  # of distributions over classes
+
+
 def _relative(name: str, given: str | Sequence[float], count: Tensor) -> Tensor:
     """(K,) float64 with mean 1, in proportion to a distribution over classes."""
     if isinstance(given, str):
-        if given not in ("uniform", "empirical"):
+        if given not in NAMES:
             raise ValueError(f"{name}={given!r} is not 'uniform', 'empirical', or one positive number per class")
         return torch.ones(len(count), dtype=torch.float64) if given == "uniform" else count / count.double().mean()
     share = torch.as_tensor(given, dtype=torch.float64)

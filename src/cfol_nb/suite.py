@@ -12,10 +12,11 @@ import pandas as pd
 import torch
 from pydantic import BaseModel
 
-from cfol_nb.config import RunConfig
+from cfol_nb.config import RunConfig, keywords
 from cfol_nb.data import prepare
 from cfol_nb.evaluate import Outcomes
 from cfol_nb.files import ROOT, read_json, write_json
+from cfol_nb.methods import METHODS as METHOD_TYPES
 from cfol_nb.runs import Run, RunsFailed, _Progress, compute, folder_of, resolve, threads, whole
 from cfol_nb.train import check, look_steps, train
 
@@ -112,30 +113,34 @@ def listing(runs: Sequence[Run]) -> pd.DataFrame:
     """One row per run, to choose from: dataset, network, objective, method, variant, size, seed, outcomes (of the last
     weights), run.
 
-    variant: all other settings that are not the data set's usual ones; empty if none. size: those of how much was
+    method: its name and the options that are not its defaults. variant: all other settings that are not the data set's
+    usual ones; empty if none. size: those of how much was
     computed, likewise. Rows that differ in the seed alone are runs of one configuration.
     """
 
     def said(value) -> str:
         if isinstance(value, RunConfig):
             return value.hash()
+        if isinstance(value, float):
+            return f"{value:g}"
         value = value.model_dump(exclude_defaults=True) if isinstance(value, BaseModel) else value
         if isinstance(value, dict):  # the name first
             value = [v for k, v in sorted(value.items(), key=lambda item: item[0] != "name")]
-        return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        return " ".join(map(said, value)) if isinstance(value, list | tuple) else str(value)
 
     rows = []
     for run in runs:
         c = run.config
         usual = RunConfig(dataset=c.dataset, eps=c.eps)  # the attack's step follows from the radius
         usual = usual.model_copy(update={"eps": RunConfig(dataset=c.dataset).eps})
+        usual_of = keywords(METHOD_TYPES[c.method["name"]])
         given = {k: said(getattr(c, k)) for k in RunConfig.model_fields if getattr(c, k) != getattr(usual, k)}
         rows.append(
             {
                 "dataset": Path(c.dataset.removeprefix("imagefolder:")).name,
                 "network": said(c.model),
                 "objective": said(c.objective),
-                "method": said(c.method),
+                "method": said({k: v for k, v in c.method.items() if k == "name" or v != usual_of[k].default}),
                 "variant": ", ".join(f"{k} {v}" for k, v in given.items() if k not in _OWN),
                 "size": ", ".join(f"{k} {v}" for k, v in given.items() if k in _SIZES),
                 "seed": c.seed,

@@ -99,7 +99,7 @@ class Trained:
     history: one dict per epoch.
 
     An entry has epoch, loss (mean), lr, and, where the held-out split was looked at, n, clean and robust: images and
-    correct predictions per class; what the method traces, for CFOL p; and "warnings", if there were any.
+    correct predictions per class; what the method traces, for CFOL p; and "warnings", if something is wrong then.
     """
 
     weights: dict[str, dict[str, Tensor]]
@@ -110,7 +110,7 @@ class Trained:
 
 
 class Diverging(UserWarning):
-    """A run has left the track; the text is kept in its history, and in `Run.warnings`."""
+    """A run has left the track. The history says so of every such epoch, `Run.warnings` of one that ended so."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -351,8 +351,9 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                 history.append(entry)
                 complaints = [method.complaint(), _fall(history, judged, step == total)]
                 said = {text for e in history for text in e.get("warnings", ())}
-                if new := [text for text in complaints if text and text not in said]:
-                    entry["warnings"] = new
+                if told := [text for text in complaints if text]:
+                    entry["warnings"] = told
+                if new := [text for text in told if text not in said]:
                     warnings.warn(Diverging(f"epoch {epoch}: {'; '.join(new)}"), stacklevel=3)
                 if checkpoint and checkpoint_every and epoch % checkpoint_every == 0:
                     save()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cfol_nb.config import choose
 from cfol_nb.methods import Method, register
-from cfol_nb.samplers import ClassSampler, ExampleSampler
+from cfol_nb.samplers import NAMES, ClassSampler, ExampleSampler
 
 
 def step_size(eta: float | None, drift: float, examples: int) -> float:
@@ -49,9 +49,10 @@ class CFOL(Method):
         labels, num_classes, seed, examples = self.run
         self.form = choose("form of cfol", form, ("sample", "reweight"))
         eta = step_size(eta, drift, examples)
+        base, prior = (choose(f"{what} of cfol", given, NAMES) for what, given in (("base", base), ("prior", prior)))
         classes = ClassSampler(labels, gamma, eta, num_classes, seed, base=base, prior=prior)
-        if any(not 0 < part < 1 for part in reset):
-            raise ValueError(f"reset={list(reset)}: parts of the run between 0 and 1 are needed")
+        if not isinstance(reset, list | tuple) or any(isinstance(r, str) or not 0 < r < 1 for r in reset):
+            raise ValueError(f"reset={reset}: a list of parts of the run, between 0 and 1, is needed")
         self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
         self.register_buffer(
             "reset", torch.tensor([part * examples for part in reset], dtype=torch.float64), persistent=False
@@ -79,7 +80,8 @@ class CFOL(Method):
             self.seen += len(y)
 
     def complaint(self) -> str:
-        if self.classes.q.max() <= 0.99 or self.classes.gamma == 1:
+        most, at_first = self.classes.q.max(), self.classes.prior.softmax(0).max()
+        if self.classes.gamma == 1 or most <= 0.99 or most <= at_first:
             return ""
         return "CFOL's distribution has collapsed onto one class: its step size (drift or eta) is too large"
 
