@@ -364,3 +364,25 @@ def test_text_of_intervals_and_tables():
     assert lines[0] == ["", "", "a b", "c", ""]
     assert set(lines[1][1:-1]) == {"---"}
     assert lines[2:] == [["", "first", "1", "x", ""], ["", "second", "2", "", ""]]
+
+
+def test_figures_of_gains_and_lines_show_the_table():
+    table = pd.DataFrame(
+        {"before": [0.5, 0.2], "difference": [-0.1, 0.3], "low": [-0.2, 0.1], "high": [0.0, 0.4]}, ["dog", "cat"]
+    )
+    fig = plots.gains(table)
+    (ax,) = fig.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["cat (20 %)", "dog (50 %)"]  # weakest at the bottom
+    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], [30, -10])
+    plots.plt.close(fig)
+
+    rows = [(x, x + c + 10 * p, f"line {c}", f"panel {p}") for p in (0, 1) for c in (0, 1) for x in (1, 2)]
+    tidy = pd.DataFrame([*rows[:2], *rows[4:]], columns=["x", "y", "of", "panel"])  # the first panel lacks a line
+    tidy = pd.concat([tidy, tidy.assign(y=tidy["y"] + 2)])  # two runs
+    fig = plots.lines(tidy, "x", "y", colour="of", panel="panel")
+    first, second = fig.axes
+    drawn = [[line for line in ax.lines if len(line.get_xdata()) == 2] for ax in (first, second)]
+    assert [len(lines) for lines in drawn] == [1, 2]
+    np.testing.assert_allclose([line.get_ydata() for line in drawn[1]], [[12, 13], [13, 14]])  # the means
+    assert drawn[0][0].get_color() == drawn[1][0].get_color() != drawn[1][1].get_color()
+    plots.plt.close(fig)
