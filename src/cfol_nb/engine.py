@@ -120,7 +120,7 @@ def make_step(
     def step(pixels: Tensor, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = as_float(augment(pixels, crop, flip, generator), dtype, device)
         with low_precision:
-            if frozen is not None and (ensemble is not None or objective.attack_loss is not None):
+            if frozen is not None:
                 frozen.refresh()
             x_adv = attack(x, y)
             if ensemble is not None:

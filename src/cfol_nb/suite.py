@@ -114,8 +114,8 @@ def listing(runs: Sequence[Run]) -> pd.DataFrame:
     weights), run.
 
     method: its name and the options that are not its defaults. variant: all other settings that are not the data set's
-    usual ones; empty if none. size: those of how much was
-    computed, likewise. Rows that differ in the seed alone are runs of one configuration.
+    usual ones; empty if none. size: those of how much was computed, likewise.
+    Rows that differ in the seed alone are runs of one configuration.
     """
 
     def said(value) -> str:

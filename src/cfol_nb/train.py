@@ -318,11 +318,9 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                 group["lr"] = group["lr"].fill_(lr) if graphed else lr
             index = method.draw(batch)
             y = labels[index]
-            if ensemble is None:
-                loss, logits = compute_step(pixels[index], y)
-            else:
+            if ensemble is not None:
                 ensemble.at(step / total)
-                loss, logits = compute_step(pixels[index], y, index)
+            loss, logits = compute_step(pixels[index], y, index)
             method.after_step(index, y, logits)  # the loss at the parameters before the step
             if averaged is not None:
                 _average(averaged, model, min(config.ema, (1 + step) / (10 + step)))
