@@ -1,5 +1,9 @@
 import copy
 import functools
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -232,3 +236,28 @@ def test_no_step_waits_for_a_real_device(images, method):
             method.after_step(index, labels[index], logits)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+FAULTS = """
+import resource, statistics, torch, {module}
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10_000_000) + 1  # 40 MB each, more than glibc keeps by default
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(statistics.median([faults() for _ in range(30)]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+def test_freed_memory_is_kept():
+    def faults(module: str, **environment: str) -> float:
+        """Pages that the system has to hand out anew for each sum, in the median."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        command = [sys.executable, "-c", FAULTS.format(module=module)]
+        done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    pages = 40_000_000 // os.sysconf("SC_PAGE_SIZE")
+    assert faults("cfol_nb") < pages / 100
+    assert faults("math") > pages  # those of both tensors
+    assert faults("cfol_nb", MALLOC_ARENA_MAX="1") > pages  # the environment's own settings are left alone
