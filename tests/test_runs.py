@@ -17,7 +17,7 @@ from cfol_nb import runs
 from cfol_nb.evaluate import evaluate
 from cfol_nb.files import Corrupt, read_tensors, write_json, write_tensors
 from cfol_nb.models import MODELS, register
-from cfol_nb.runs import Run, RunsFailed, compute, folder_of, stored, whole
+from cfol_nb.runs import Run, RunsFailed, compute, folder_of, judge, stored, whole
 from cfol_nb.train import Diverging
 
 VALUES = ("run.json", "outcomes.safetensors", "weights.safetensors")
@@ -70,6 +70,40 @@ def test_what_is_stored_is_what_the_model_does(tiny, digits):
     assert run.curve("clean").iloc[-1].between(0, 1).all()
     with pytest.raises(KeyError, match="no 'q'"):
         run.curve("q")
+
+
+def test_runs_are_judged_by_further_attacks_once(tiny, monkeypatch):
+    both = compute([tiny(seed=s, eps=0.1, epochs=6) for s in (0, 1)])
+    attacks = {
+        "margin": {"eps": 0.1, "step": 0.02, "steps": 5, "loss": "margin"},
+        "aa": {"eps": 0.1, "version": "fast"},
+    }
+    found = judge(both, attacks, "selected")
+    test = runs.prepare(both[0].config)[2].test
+    for run, o in zip(both, found, strict=True):
+        alone = evaluate(run.model("selected"), test.images, test.labels, attacks, seed=run.config.seed)
+        assert list(o.attacks) == ["pgd20", *alone.attacks]
+        for name, predictions in alone.predictions.items():
+            np.testing.assert_array_equal(o.predictions[name], predictions)
+        np.testing.assert_array_equal(o.predictions["pgd20"], run.outcomes["selected"].predictions["pgd20"])
+        assert list(Run.load(run.folder).outcomes["selected"].predictions) == ["clean", "pgd20"]
+    whole_evaluation = runs.evaluate
+    monkeypatch.setattr(runs, "evaluate", lambda *a, **k: pytest.fail("judged again"))
+    for o, again in zip(found, judge(both, attacks, "selected"), strict=True):
+        np.testing.assert_array_equal(again.predictions["aa"], o.predictions["aa"])
+    asked = []
+    monkeypatch.setattr(runs, "evaluate", lambda *a, **k: asked.append(a[3]) or whole_evaluation(*a, **k))
+    other = {**attacks, "margin": {**attacks["margin"], "steps": 6}}
+    judge(both[:1], other, "selected")
+    judge(both[:1], {"aa": attacks["aa"]}, "last")
+    assert [list(a) for a in asked] == [["margin"], ["aa"]]
+    with pytest.raises(ValueError, match="letters"):
+        judge(both, {"a/b": attacks["margin"]})
+    with pytest.raises(ValueError, match="step"):
+        judge(both, {"pgd": {"eps": 0.1, "step": -1.0, "steps": 5}})
+    monkeypatch.setattr(runs, "evaluate", lambda *a, **k: 1 / 0)
+    with pytest.raises(RunsFailed, match="under other: ZeroDivisionError"):
+        judge(both[:1], {"other": attacks["margin"]})
 
 
 def test_provenance_says_where_numbers_come_from(tiny):

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from cfol_nb import suite
+from cfol_nb import cli, stats, suite
 from cfol_nb.config import RunConfig
-from cfol_nb.runs import Run, compute, stored
+from cfol_nb.files import code_hash
+from cfol_nb.runs import Run, compute, judge, stored
 from cfol_nb.suite import METHODS, PAPER, configurations, estimate
 
 TINY = {"epochs": 2, "train_limit": 24, "test_limit": 6, "steps": 2}
@@ -65,6 +66,21 @@ def test_publishes_integer_counts_and_goes_on_where_it_stopped(tmp_path):
             for attack, predictions in outcomes.predictions.items():
                 np.testing.assert_array_equal(twin.outcomes[which].predictions[attack], predictions)
             np.testing.assert_array_equal(twin.outcomes[which].labels, outcomes.labels)
+
+
+def test_publishes_what_was_judged(tmp_path):
+    (run,) = compute(configurations("digits", ["erm"], 1, **TINY))
+    cli.publish([run.folder.name], tmp_path, "fast")
+    (twin,) = suite.published(tmp_path)
+    (judged,) = judge([run], {"autoattack": {"eps": run.config.eps, "version": "fast"}})
+    for name in ("autoattack:apgd-ce", "autoattack", "pgd20"):
+        np.testing.assert_array_equal(twin.outcomes["last"].predictions[name], judged.predictions[name])
+    assert stats.last_attack(twin.outcomes["last"]) == "pgd20"
+    assert list(twin.outcomes["selected"].attacks) == ["pgd20"]
+    origin = twin.provenance["judged"]["last, autoattack"]
+    assert origin["asked"]["version"] == "fast"
+    assert origin["seconds"] > 0
+    assert origin["code"] == code_hash()
 
 
 def test_no_run_is_started_that_the_time_left_cannot_hold(tmp_path, monkeypatch):

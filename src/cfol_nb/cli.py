@@ -219,23 +219,31 @@ def publish(
         list[str], typer.Argument(metavar="RUN...", help="Names of `cfol-nb list`; * stands for any text.")
     ],
     results: Annotated[Path | None, typer.Option(help="Folder of the JSONs; default results/.")] = None,
+    autoattack: Annotated[
+        str | None,
+        typer.Option(metavar="VERSION", help="Judge the last weights by AutoAttack first: standard or fast."),
+    ] = None,
 ) -> None:
     """Write stored runs to results/, one small JSON each: configuration, provenance, counts and predictions.
 
-    Example: cfol-nb publish "cifar10-*"
+    Example: cfol-nb publish "cifar10-*" --autoattack standard
     """
     from fnmatch import fnmatch
 
     from cfol_nb import suite as s
     from cfol_nb.config import choose
     from cfol_nb.files import ROOT
-    from cfol_nb.runs import Run, stored
+    from cfol_nb.runs import Run, judge, stored
 
     folders = {f.name: f for f in stored()}
     for name in names:
         found = [f for n, f in folders.items() if fnmatch(n, name)]
         for folder in found or [folders[choose("stored run", name, folders)]]:
-            typer.echo(s.publish(Run.load(folder), results or ROOT / "results"))
+            run = Run.load(folder)
+            if autoattack:
+                ball = {"eps": run.config.eps, "norm": run.config.norm}
+                judge([run], {"autoattack": {**ball, "version": choose("version", autoattack, ("standard", "fast"))}})
+            typer.echo(s.publish(run, results or ROOT / "results"))
 
 
 @app.command()

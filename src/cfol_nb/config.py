@@ -115,6 +115,11 @@ class AutoAttack(_Ball):
         return 9700 if self.version == "standard" else 800
 
 
+def as_attack(options: Mapping[str, Any] | Attack | AutoAttack) -> Attack | AutoAttack:
+    """AutoAttack if there is a version, else PGD. Raises ValueError for what neither takes."""
+    return (AutoAttack if "version" in dict(options) else Attack).model_validate(dict(options))
+
+
 class Imbalance(_Strict):
     """Long-tail subsampling: the largest class keeps all, the smallest 1/factor of it."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cfol_nb.attacks import as_float, evaluating, pgd, predict
 from cfol_nb.autoattack import Evaluation
-from cfol_nb.config import Attack, AutoAttack
+from cfol_nb.config import Attack, AutoAttack, as_attack
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class Outcomes:
     def add(self, name: str, predictions: np.ndarray, settings: dict) -> None:
         """One more attack, the last one now."""
         self.predictions[name], self.attacks[name] = predictions, settings
+
+    def update(self, others: Outcomes) -> None:
+        """The attacks of other outcomes of the same model on the same images, after those that are here."""
+        for name, settings in others.attacks.items():
+            self.add(name, others.predictions[name], settings)
 
     def add_autoattack(self, name: str, evaluation: Evaluation) -> None:
         """AutoAttack as `name`, after it up to each of its attacks as "name:apgd-ce" and so on."""
@@ -108,7 +113,7 @@ def evaluate(
     """
     if attacks is None:
         attacks = {"pgd20": {"eps": 8 / 255, "step": 1 / 255, "steps": 20}}
-    attacks = {k: (AutoAttack if "version" in dict(v) else Attack).model_validate(dict(v)) for k, v in attacks.items()}
+    attacks = {k: as_attack(v) for k, v in attacks.items()}
     steps = {k: a for k, a in attacks.items() if isinstance(a, Attack)}
     labels = torch.as_tensor(labels).cpu().long()
     clean, k = predict(model, images, labels, class_names=class_names, batch_size=batch_size)

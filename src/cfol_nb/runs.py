@@ -12,6 +12,7 @@ import hashlib
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ import torch
 from torch import nn
 
 from cfol_nb.attacks import one_thread
-from cfol_nb.config import RunConfig
+from cfol_nb.config import RunConfig, as_attack
 from cfol_nb.data import fingerprint, prepare
 from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.features import REMAKES
@@ -386,7 +387,12 @@ def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, c
             missing = {k: c for k, c in missing.items() if k not in reasons}
     if missing:
         with bar(len(missing), "runs") as progress:
-            reasons |= _compute_missing(missing, folders, executor, checkpoint_every, progress)
+            jobs = {k: (c.model_dump_json(), str(folders[k]), checkpoint_every) for k, c in missing.items()}
+
+            def share(key: str) -> float:
+                return 1.0 if whole(folders[key]) else _Progress.read(folders[key] / "progress")
+
+            reasons |= _do_all(_work, jobs, list(missing.values()), share, executor, progress)
     runs = []
     for key in (c.key() for c in configs):
         if key not in reasons:
@@ -406,50 +412,46 @@ def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, c
     return runs
 
 
-def _compute_missing(
-    missing: dict[str, RunConfig], folders: dict[str, Path], executor: Executor | None, checkpoint_every: int, progress
+def _do_all(
+    work: Callable, jobs: dict[str, tuple], configs: list[RunConfig], share: Callable[[str], float], executor, progress
 ) -> dict[str, str]:
-    """Computes; returns the reasons of those that failed."""
+    """Call `work` with the arguments of every job, in processes where that pays; the reasons of those that failed.
 
-    def work(key: str, *extra) -> tuple:
-        return missing[key].model_dump_json(), str(folders[key]), checkpoint_every, *extra
-
+    configs: of the jobs. share: how much of a job is done, 1 once its result is stored.
+    """
     own = executor is None
-    if own and (executor := _pool(list(missing.values()))) is None:
+    if own and (executor := _pool(configs)) is None:
         reasons = {}
-        for i, key in enumerate(missing):
+        for i, (key, args) in enumerate(jobs.items()):
 
             def show(done: int, total: int, i=i) -> None:
                 progress.update(i + done / total - progress.n)
 
             try:
-                _work(*work(key, show))
+                work(*args, show)
             except Exception as error:
                 reasons[key] = _reason(error)
+            progress.update(i + 1 - progress.n)
         return reasons
 
-    reasons, todo = {}, list(missing)
+    reasons, todo = {}, list(jobs)
     try:
         for attempt in (1, 2):
             with _main_not_imported() if own else contextlib.nullcontext():
-                futures: dict[Future, str] = {executor.submit(_work, *work(key)): key for key in todo}
+                futures: dict[Future, str] = {executor.submit(work, *jobs[key]): key for key in todo}
             todo, waiting = [], set(futures)
             while waiting:
                 done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     error, key = future.exception(), futures[future]
                     if isinstance(error, BrokenProcessPool) and own and attempt == 1:
-                        todo.append(key)  # a process died, perhaps another run's: once more, from its checkpoint
+                        todo.append(key)  # a process died, perhaps another job's: once more, from its checkpoint
                     elif error is not None:
                         reasons[key] = _reason(error)
-                ready = [whole(folders[k]) for k in missing]
-                parts = [
-                    _Progress.read(folders[k] / "progress") for k, done in zip(missing, ready, strict=True) if not done
-                ]
-                progress.update(sum(ready) + sum(parts) - progress.n)
+                progress.update(sum(map(share, jobs)) - progress.n)
             if not todo:
                 break
-            executor = _pool([missing[k] for k in missing])
+            executor = _pool(configs)
     except BaseException:
         for process in list(getattr(executor, "_processes", None) or {}).copy() if own else ():
             with contextlib.suppress(ProcessLookupError):
@@ -461,9 +463,74 @@ def _compute_missing(
     return reasons
 
 
+# -- further attacks on stored weights ---------------------------------------------------------------------------------
+
+
+def _judge(folder: str, which: str, name: str, attack: dict, path: str, report=None) -> None:
+    run = Run.load(Path(folder))
+    origin, start = provenance(run.config.device), time.perf_counter()
+    test = prepare(run.config)[2].test
+    outcomes = evaluate(
+        run.model(which), test.images, test.labels, {name: attack}, class_names=test.class_names, seed=run.config.seed
+    )
+    seconds = round(time.perf_counter() - start, 2)
+    write_tensors(Path(path), outcomes.tensors(), {**outcomes.meta(), "asked": attack, **origin, "seconds": seconds})
+
+
+def _verdict(run: Run, which: str, name: str) -> Path:
+    return run.folder / f"judged-{which}-{name}.safetensors"
+
+
+def verdicts(run: Run, which: str) -> dict[str, tuple[Outcomes, dict]]:
+    """What `judge` has stored of these weights: name of the attack -> outcomes, and where they come from."""
+    found = {}
+    for path in sorted(run.folder.glob(_verdict(run, which, "*").name)):
+        tensors, meta = read_tensors(path)
+        outcomes = Outcomes.from_tensors(tensors, meta)
+        found[list(outcomes.attacks)[-1]] = outcomes, {k: v for k, v in meta.items() if k not in outcomes.meta()}
+    return found
+
+
+def judge(
+    runs: Sequence[Run], attacks: Mapping[str, Mapping], which: str = "last", executor: Executor | None = None
+) -> list[Outcomes]:
+    """Outcomes of stored weights under further attacks, in order: those of the run, then those asked for.
+
+    attacks: name -> options, as for `evaluate`; a name is a word. Each verdict is stored with its run, and loaded if
+    the same was asked before; `suite.publish` publishes it. Missing ones are computed in parallel.
+    Raises ValueError for an attack that cannot be, RunsFailed with the reasons if some fail.
+    """
+    asked = {}
+    for name, options in attacks.items():
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(f"attack {name!r}: a name of letters, digits, - and _ is needed")
+        asked[name] = as_attack(options).model_dump()
+    jobs, configs = {}, []
+    for run in runs:
+        known = verdicts(run, which)
+        for name, attack in asked.items():
+            if name not in known or known[name][1]["asked"] != attack:
+                path = _verdict(run, which, name)
+                path.unlink(missing_ok=True)
+                jobs[str(path)] = str(run.folder), which, name, attack, str(path)
+                configs.append(run.config)
+    if jobs:
+        with bar(len(jobs), "judged") as progress:
+            reasons = _do_all(_judge, jobs, configs, lambda path: float(Path(path).exists()), executor, progress)
+        if reasons:
+            raise RunsFailed({f"{Path(k).parent.name} under {jobs[k][2]}": v for k, v in reasons.items()}, list(runs))
+    out = []
+    for run in runs:
+        own, found = run.outcomes[which], verdicts(run, which)
+        out.append(Outcomes(own.labels, dict(own.predictions), own.class_names, dict(own.attacks)))
+        for name in asked:
+            out[-1].update(found[name][0])
+    return out
+
+
 def stored() -> list[Path]:
     """Folders of the runs that are whole."""
     return sorted(p for p in (runs_dir() / "store").glob("*") if whole(p))
 
 
-__all__ = ["Corrupt", "Run", "RunsFailed", "compute", "folder_of", "stored"]
+__all__ = ["Corrupt", "Run", "RunsFailed", "compute", "folder_of", "judge", "stored"]

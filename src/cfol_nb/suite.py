@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from cfol_nb.data import prepare
 from cfol_nb.evaluate import Outcomes
 from cfol_nb.files import ROOT, read_json, write_json
 from cfol_nb.methods import METHODS as METHOD_TYPES
-from cfol_nb.runs import Run, RunsFailed, _Progress, compute, folder_of, resolve, threads, whole
+from cfol_nb.runs import Run, RunsFailed, _Progress, compute, folder_of, resolve, threads, verdicts, whole
 from cfol_nb.train import check, look_steps, train
 
 PAPER = {"epochs": 200, "schedule": {"name": "step", "milestones": [0.5, 0.75]}}
@@ -64,7 +65,7 @@ def estimate(config: RunConfig, steps: int = 8) -> float:
 
     with contextlib.suppress(_Enough), threads(config):
         train(config, images, held, crop=data.crop, flip=data.flip, progress=watch)
-    step = (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else times[-1] - times[0]
+    step = statistics.median(b - a for a, b in itertools.pairwise(times))  # the first holds what is done once
     per_pass = step / (config.batch_size * (2 * config.steps + 3))  # one forward pass of one image
     looks = -(-config.epochs // config.validate_every) * len(held) * (2 * look_steps(config) + 2)
     slower = 6 if config.dtype == "bfloat16" else 1  # the test is evaluated in float32
@@ -78,7 +79,19 @@ def estimate(config: RunConfig, steps: int = 8) -> float:
 
 def publish(run: Run, results: Path) -> Path:
     """`results/NAME.json`: configuration, provenance, seconds per epoch, history, integer counts per class, and the
-    predictions on every test image, from which `published` makes every statistic and comparison anew."""
+    predictions on every test image, from which `published` makes every statistic and comparison anew.
+
+    What `judge` has stored of the run goes with it. Its own attacks remain the last ones, those that are meant where
+    none is named.
+    """
+    packed, judged = {}, {}
+    for which, own in run.outcomes.items():
+        found = verdicts(run, which)
+        every = Outcomes(own.labels, {"clean": own.predictions["clean"]}, own.class_names)
+        for outcomes in (*(outcomes for outcomes, _ in found.values()), own):
+            every.update(outcomes)
+        packed[which] = every.packed()
+        judged |= {f"{which}, {name}": origin for name, (_, origin) in found.items()}
     stored = read_json(run.folder / "run.json")
     path = results / f"{run.folder.name}.json"
     seconds = run.provenance["seconds"]["training"]
@@ -86,8 +99,8 @@ def publish(run: Run, results: Path) -> Path:
         path,
         {
             **{k: stored[k] for k in ("config", "classes", "n", "correct", "selected_epoch", "history")},
-            "outcomes": {which: outcomes.packed() for which, outcomes in run.outcomes.items()},
-            "provenance": run.provenance,
+            "outcomes": packed,
+            "provenance": run.provenance | ({"judged": judged} if judged else {}),
             "seconds_per_epoch": round(seconds / run.config.epochs, 3),
         },
     )
