@@ -386,3 +386,15 @@ def test_figures_of_gains_and_lines_show_the_table():
     np.testing.assert_allclose([line.get_ydata() for line in drawn[1]], [[12, 13], [13, 14]])  # the means
     assert drawn[0][0].get_color() == drawn[1][0].get_color() != drawn[1][1].get_color()
     plots.plt.close(fig)
+
+
+def test_all_attacks_at_once_leave_what_each_leaves():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 200)
+    predictions = {a: np.where(rng.random(200) < 0.7, labels, rng.integers(0, 4, 200)) for a in ("clean", "a", "b")}
+    o = Outcomes(labels, dict(predictions), tuple("wxyz"), {"a": {}, "b": {}})
+    o.combine()
+    assert stats.last_attack(o) == "all attacks"
+    for i, y in enumerate(labels):
+        wrong = [p[i] for p in predictions.values() if p[i] != y]
+        assert o.predictions["all attacks"][i] == (wrong[0] if wrong else y)

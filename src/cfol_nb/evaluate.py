@@ -47,6 +47,14 @@ class Outcomes:
             self.add(f"{name}:{attack}", predictions, {"up_to": attack, "of": name})
         self.add(name, last[1], evaluation.described())
 
+    def combine(self, name: str = "all attacks") -> None:
+        """One more attack: all that are here at once. An image is right if it is so clean and under each of them."""
+        predicted = self.predictions["clean"].copy()
+        for predictions in self.predictions.values():
+            still = predicted == self.labels
+            predicted[still] = predictions[still]
+        self.add(name, predicted, {"all_of": list(self.attacks)})
+
     def tensors(self) -> dict[str, Tensor]:
         return {
             "labels": torch.from_numpy(self.labels),

@@ -65,7 +65,7 @@ def estimate(config: RunConfig, steps: int = 8) -> float:
 
     with contextlib.suppress(_Enough), threads(config):
         train(config, images, held, crop=data.crop, flip=data.flip, progress=watch)
-    step = statistics.median(b - a for a, b in itertools.pairwise(times))  # the first holds what is done once
+    step = statistics.median([b - a for a, b in itertools.pairwise(times)] or [0.0])
     per_pass = step / (config.batch_size * (2 * config.steps + 3))  # one forward pass of one image
     looks = -(-config.epochs // config.validate_every) * len(held) * (2 * look_steps(config) + 2)
     slower = 6 if config.dtype == "bfloat16" else 1  # the test is evaluated in float32
