@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -255,25 +256,54 @@ def summary(
     Simulated coverage of the stated 95 % is in tests/test_coverage.py.
     bias: by how much the statistic would be off on average if those classes were equal: an upper estimate.
     """
-    several = _listed(several)
-    others = [] if versus is None else _listed(versus)
-    if others and len(others) != len(several):
-        raise ValueError(f"{len(several)} runs versus {len(others)}: the same number is needed to compare run by run")
-    attack = attack or last_attack(several[0])
-    _same_images([*several, *others])
-    rng, n = np.random.default_rng(seed), len(several)
-    observed = np.stack([accuracies(o, attack) for o in (*several, *others)])
-    sampled = _resampled([*several, *others], attack, draws, rng)
-    runs, images = rng.integers(n, size=(draws, n, 1)), counts(several[0], attack)[1]
-    table = _statistics(observed[:n], sampled[:, :n], images, runs)
-    if others:
-        theirs = _statistics(observed[n:], sampled[:, n:], images, runs)
-        table = {k: tuple(a - b for a, b in zip(table[k], theirs[k], strict=True)) for k in table}
-    rows = [
-        (name, float(p[0]), *_ends(p, confidence, bool(others) or name == "deviation"), float(np.mean(p[2]) - p[3]), n)
-        for name, p in table.items()
-    ]
-    return pd.DataFrame(rows, columns=["statistic", "value", "low", "high", "bias", "seeds"]).set_index("statistic")
+    return _summaries({"": several}, attack, versus, confidence, draws, seed)[""]
+
+
+def _summaries(
+    groups: Mapping[str, Outcomes | Sequence[Outcomes]],
+    attack: str | None = None,
+    versus: Outcomes | Sequence[Outcomes] | None = None,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, pd.DataFrame]:
+    """`summary` of each group; the images, and so the costly draws, are the same for many groups."""
+    groups = {label: _listed(several) for label, several in groups.items()}
+    others, alike, tables = [] if versus is None else _listed(versus), {}, {}
+    for label, several in groups.items():
+        if others and len(others) != len(several):
+            raise ValueError(
+                f"{len(several)} runs versus {len(others)}: the same number is needed to compare run by run"
+            )
+        _same_images([*several, *others])
+        key = attack or last_attack(several[0]), several[0].labels.tobytes(), several[0].class_names
+        alike.setdefault(key, []).append(label)
+    for (name, *_), labels in alike.items():
+        every = [*others, *(o for label in labels for o in groups[label])]
+        rng, images = np.random.default_rng(seed), counts(every[0], name)[1]
+        observed = np.stack([accuracies(o, name) for o in every])
+        sampled, at = _resampled(every, name, draws, rng), len(others)
+        theirs = (observed[:at], sampled[:, :at])
+        for label in labels:
+            own = slice(at, at := at + len(groups[label]))
+            runs = copy.deepcopy(rng).integers(len(groups[label]), size=(draws, len(groups[label]), 1))
+            table = _statistics(observed[own], sampled[:, own], images, runs)
+            if others:
+                base = _statistics(*theirs, images, runs)
+                table = {k: tuple(a - b for a, b in zip(table[k], base[k], strict=True)) for k in table}
+            tables[label] = pd.DataFrame(
+                {
+                    k: (
+                        p[0],
+                        *_ends(p, confidence, bool(others) or k == "deviation"),
+                        np.mean(p[2]) - p[3],
+                        len(runs[0]),
+                    )
+                    for k, p in table.items()
+                },
+                ["value", "low", "high", "bias", "seeds"],
+            ).T.rename_axis("statistic").astype({"seeds": int})
+    return tables
 
 
 def cosines(
@@ -376,7 +406,7 @@ def stated(
     """Text table: a row per group, the statistics of `summary` as 'per cent [95 % interval]'; versus: paired
     differences from these runs, with their sign."""
     sign = "" if versus is None else "+"
-    tables = {label: summary(several, attack, versus=versus) for label, several in groups.items()}
+    tables = _summaries(groups, attack, versus)
     return pd.DataFrame.from_dict(
         {label: {name: interval(t.loc[name], sign) for name in statistics} for label, t in tables.items()},
         orient="index",
