@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 
 from cfol_nb import cli, headless
 from cfol_nb.files import ROOT, read_json
-from cfol_nb.stats import counts, headline, summary
+from cfol_nb.stats import counts, headline, stated, summary
 from cfol_nb.suite import listing, published
 
 README = (ROOT / "README.md").read_text()
@@ -210,10 +210,13 @@ def test_readmes_tables_are_those_of_the_published_runs():
     usual = listing(published()).query("dataset == 'cifar10' and objective == 'at' and variant == ''")
     usual = usual[usual["network"].eq("preactresnet18 16")].set_index("method")["outcomes"]
     for line, method in zip(shown.splitlines()[2:], ("erm", "cfol"), strict=False):
-        assert [x.strip() for x in line.strip("|").split("|")][1:] == headline({"": usual[method]}).iloc[0].tolist()
-    gain = 100 * summary(usual["cfol"], versus=usual["erm"])
-    worst, mean = (f"{g.value:+.1f} [{g.low:+.1f}, {g.high:+.1f}]" for g in (gain.loc["worst"], gain.loc["mean"]))
-    assert f"worst class {worst} points, mean {mean}." in " ".join(shown.split())
+        cells, group = [x.strip() for x in line.strip("|").split("|")][1:], {"": usual[method]}
+        strong = stated(group, ["mean", "worst"], "autoattack")
+        assert cells == [*headline(group, "pgd20").iloc[0], *strong.iloc[0]]
+    for kind, attack in (("PGD-20", "pgd20"), ("AutoAttack", "autoattack")):
+        gain = 100 * summary(usual["cfol"], attack, versus=usual["erm"])
+        worst, mean = (f"{g.value:+.1f} [{g.low:+.1f}, {g.high:+.1f}]" for g in (gain.loc["worst"], gain.loc["mean"]))
+        assert f"under {kind} worst class {worst} points, mean {mean}" in " ".join(shown.split())
 
 
 def test_readme_shows_what_the_stored_notebooks_print_and_draw():

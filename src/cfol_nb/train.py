@@ -196,15 +196,24 @@ def train(
         return _train(config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress, initial)
 
 
-def _fall(history: list[dict], kind: str, over: bool) -> str:
-    """What to say when the accuracy on the held-out split has halved since its best, beyond the noise of its images, at
-    three looks in a row or at the last one."""
-    seen = [(sum(e[kind]) / sum(e["n"]), sum(e["n"])) for e in history if kind in e]
+def _amiss(history: list[dict], kind: str, over: bool) -> list[str]:
+    """What to say when the loss has exploded; when the accuracy on the held-out split has halved since its best, beyond
+    the noise of its images, at three looks in a row or at the end; and when at the end it is that of guessing."""
+    looks = [e for e in history if kind in e]
+    seen, told = [(sum(e[kind]) / sum(e["n"]), sum(e["n"])) for e in looks], []
+    cause = "lower lr, or the method's step size"
+    if looks and history[-1]["loss"] > 2 * max(history[0]["loss"], math.log(len(looks[0]["n"]))):
+        told.append(f"the loss is above twice that of the first epoch: {cause}")
+
+    def noise(accuracy: float, n: int) -> float:
+        return 3 * math.sqrt(accuracy * (1 - accuracy) / n)
+
     recent, best = seen[-1:] if over else seen[-3:], max((accuracy for accuracy, _ in seen), default=0)
-    low = [a <= best / 2 and best - a > 3 * math.sqrt(best * (1 - best) / n) for a, n in recent]
-    if not all(low) or len(low) < (1 if over else 3):
-        return ""
-    return f"the {kind} accuracy on held-out images is below half of its best: lower lr, or the method's step size"
+    if len(recent) == (1 if over else 3) and all(a <= best / 2 and best - a > noise(best, n) for a, n in recent):
+        told.append(f"the {kind} accuracy on held-out images is below half of its best: {cause}")
+    elif over and seen and seen[-1][0] - (guess := 1 / len(looks[-1]["n"])) <= noise(guess, seen[-1][1]):
+        told.append(f"the {kind} accuracy on held-out images is not above that of guessing: train longer, or {cause}")
+    return told
 
 
 def _optimizer(config: RunConfig, parameters, rate, graphed: bool) -> torch.optim.Optimizer:
@@ -347,7 +356,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                     method.after_epoch(epoch, {a: torch.from_numpy(c / size).to(device) for a, c in right.items()})
                 entry |= {name: value.tolist() for name, value in method.trace().items()}
                 history.append(entry)
-                complaints = [method.complaint(), _fall(history, judged, step == total)]
+                complaints = [method.complaint(), *_amiss(history, judged, step == total)]
                 said = {text for e in history for text in e.get("warnings", ())}
                 if told := [text for text in complaints if text]:
                     entry["warnings"] = told
