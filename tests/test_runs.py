@@ -99,6 +99,8 @@ def test_runs_are_judged_by_further_attacks_once(tiny, monkeypatch):
     assert [list(a) for a in asked] == [["margin"], ["aa"]]
     with pytest.raises(ValueError, match="letters"):
         judge(both, {"a/b": attacks["margin"]})
+    with pytest.raises(ValueError, match="one of the run's own"):
+        judge(both, {"pgd20": attacks["margin"]})
     with pytest.raises(ValueError, match="step"):
         judge(both, {"pgd": {"eps": 0.1, "step": -1.0, "steps": 5}})
     monkeypatch.setattr(runs, "evaluate", lambda *a, **k: 1 / 0)
@@ -376,7 +378,7 @@ def test_a_run_that_collapses_is_kept_and_warned_of(tiny):
     settings = {"method": {"name": "cfol", "drift": 1e5}, "epochs": 3}
     for _ in ("computed", "loaded"):
         with pytest.warns(Diverging, match="2 of these runs diverged") as caught:
-            runs = compute([tiny(**settings), tiny(**settings, seed=1), tiny()])
+            runs = compute([tiny(**settings), tiny(**settings, seed=1), tiny(epochs=12, eps=0.02)])
         (told,) = [str(w.message) for w in caught if "of these" in str(w.message)]  # beside those of single runs
         assert all(run.folder.name in told for run in runs[:2])
         assert [bool(run.warnings) for run in runs] == [True, True, False]

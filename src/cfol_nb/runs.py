@@ -254,6 +254,9 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
     start = time.perf_counter()
     model, found = new_model(config, train_images).to(config.device), {}
     for which, weights in trained.weights.items():
+        if which == "selected" and trained.selected_epoch == config.epochs:
+            found[which] = found["last"]  # the same weights
+            continue
         model.load_state_dict(weights)
         found[which] = evaluate(
             model, data.test.images, data.test.labels, config.attacks, class_names=data.class_names, seed=config.seed
@@ -498,7 +501,8 @@ def judge(
 
     attacks: name -> options, as for `evaluate`; a name is a word. Each verdict is stored with its run, and loaded if
     the same was asked before; `suite.publish` publishes it. Missing ones are computed in parallel.
-    Raises ValueError for an attack that cannot be, RunsFailed with the reasons if some fail.
+    Raises ValueError for an attack that cannot be, or has the name of one of the run's own; RunsFailed with the reasons
+    if some fail.
     """
     asked = {}
     for name, options in attacks.items():
@@ -508,6 +512,8 @@ def judge(
     jobs, configs = {}, []
     for run in runs:
         known = verdicts(run, which)
+        if own := asked.keys() & run.outcomes[which].predictions.keys():
+            raise ValueError(f"attack {own.pop()!r} is one of the run's own: choose another name")
         for name, attack in asked.items():
             if name not in known or known[name][1]["asked"] != attack:
                 path = _verdict(run, which, name)

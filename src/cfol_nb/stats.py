@@ -291,22 +291,12 @@ def _summaries(
             if others:
                 base = _statistics(*theirs, images, runs)
                 table = {k: tuple(a - b for a, b in zip(table[k], base[k], strict=True)) for k in table}
-            tables[label] = (
-                pd.DataFrame(
-                    {
-                        k: (
-                            p[0],
-                            *_ends(p, confidence, bool(others) or k == "deviation"),
-                            np.mean(p[2]) - p[3],
-                            len(runs[0]),
-                        )
-                        for k, p in table.items()
-                    },
-                    ["value", "low", "high", "bias", "seeds"],
-                )
-                .T.rename_axis("statistic")
-                .astype({"seeds": int})
-            )
+            rows = {
+                k: (p[0], *_ends(p, confidence, bool(others) or k == "deviation"), np.mean(p[2]) - p[3], len(runs[0]))
+                for k, p in table.items()
+            }
+            columns = ["value", "low", "high", "bias", "seeds"]
+            tables[label] = pd.DataFrame.from_dict(rows, "index", columns=columns).rename_axis("statistic")
     return tables
 
 
