@@ -283,16 +283,25 @@ def _summaries(
         rng, images = np.random.default_rng(seed), counts(every[0], name)[1]
         observed = np.stack([accuracies(o, name) for o in every])
         sampled, at = _resampled(every, name, draws, rng), len(others)
-        theirs = (observed[:at], sampled[:, :at])
+
+        def parts(own: slice, rng=rng, images=images, observed=observed, sampled=sampled) -> dict:
+            n = own.stop - own.start
+            runs = copy.deepcopy(rng).integers(n, size=(draws, n, 1))
+            return _statistics(observed[own], sampled[:, own], images, runs)
+
+        base = parts(slice(0, at)) if others else {}
         for label in labels:
             own = slice(at, at := at + len(groups[label]))
-            runs = copy.deepcopy(rng).integers(len(groups[label]), size=(draws, len(groups[label]), 1))
-            table = _statistics(observed[own], sampled[:, own], images, runs)
+            table = parts(own)
             if others:
-                base = _statistics(*theirs, images, runs)
                 table = {k: tuple(a - b for a, b in zip(table[k], base[k], strict=True)) for k in table}
             rows = {
-                k: (p[0], *_ends(p, confidence, bool(others) or k == "deviation"), np.mean(p[2]) - p[3], len(runs[0]))
+                k: (
+                    p[0],
+                    *_ends(p, confidence, bool(others) or k == "deviation"),
+                    np.mean(p[2]) - p[3],
+                    own.stop - own.start,
+                )
                 for k, p in table.items()
             }
             columns = ["value", "low", "high", "bias", "seeds"]
