@@ -395,6 +395,8 @@ def test_all_attacks_at_once_leave_what_each_leaves():
     o = Outcomes(labels, dict(predictions), tuple("wxyz"), {"a": {}, "b": {}})
     o.combine()
     assert stats.last_attack(o) == "all attacks"
+    with pytest.raises(KeyError, match="no attack 'c'"):
+        o.combine("c")
     for i, y in enumerate(labels):
         wrong = [p[i] for p in predictions.values() if p[i] != y]
         assert o.predictions["all attacks"][i] == (wrong[0] if wrong else y)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,13 +47,13 @@ class Outcomes:
             self.add(f"{name}:{attack}", predictions, {"up_to": attack, "of": name})
         self.add(name, last[1], evaluation.described())
 
-    def combine(self, attacks: Iterable[str] | None = None, name: str = "all attacks") -> None:
+    def combine(self, *attacks: str, name: str = "all attacks") -> None:
         """One more attack: these (all that are here) at once. An image is right if it is so clean and under each."""
-        attacks, predicted = list(self.attacks if attacks is None else attacks), self.predictions["clean"].copy()
-        for attack in attacks:
-            still = predicted == self.labels
-            predicted[still] = self.predictions[attack][still]
-        self.add(name, predicted, {"all_of": attacks})
+        together, predicted = list(attacks or self.attacks), self.predictions["clean"].copy()
+        for attack in together:
+            wrong = ~self.correct(attack)  # a KeyError that names what there is
+            predicted = np.where((predicted == self.labels) & wrong, self.predictions[attack], predicted)
+        self.add(name, predicted, {"all_of": together})
 
     def tensors(self) -> dict[str, Tensor]:
         return {
