@@ -116,15 +116,26 @@ def test_cfol_forgets_at_the_stated_parts_of_the_run(form):
 
 def test_cfol_complains_when_p_collapses():
     method = CFOL(LABELS, 4, eta=0.5)
-    assert method.complaint() == ""
+    assert method.complaint([]) == ""
     for _ in range(5):
         index = method.draw(20)
         method.after_step(index, LABELS[index], logits_of(LABELS[index], LABELS[index] == 3))
     assert method.classes.q.max() > 0.99
-    assert "collapsed" in method.complaint()
+    assert "collapsed" in method.complaint([])
     rare = torch.tensor([0] * 995 + [1] * 5)
-    assert CFOL(rare, 2, prior="empirical").complaint() == ""  # the data are like that
-    assert CFOL(torch.zeros(5, dtype=torch.int64), 1).complaint() == ""
+    assert CFOL(rare, 2, prior="empirical").complaint([]) == ""  # the data are like that
+    assert CFOL(torch.zeros(5, dtype=torch.int64), 1).complaint([]) == ""
+
+
+def test_cfol_complains_when_p_jumps():
+    method = CFOL(LABELS, 4, gamma=0.5)  # p = 1/8 + q/2
+    at = [
+        {"p": [1 / 8 + q / 2 for q in np.eye(4)[c] * 0.8 + 0.05]} for c in range(4)
+    ]  # 0.8 of q moves to another class
+    assert method.complaint([at[0], at[1], at[1], at[2]]) == ""  # never twice in a row
+    assert "jumps" in method.complaint([at[0], at[1], at[2], at[2], at[2]])  # nor is it forgotten
+    assert CFOL(LABELS, 4, gamma=1.0).complaint(at) == ""
+    assert "jumps" in CFOL(LABELS, 4, gamma=0.0).complaint([{"p": np.eye(4)[c]} for c in range(3)])
 
 
 def test_drift_is_eta_times_the_examples_of_the_run():

@@ -25,6 +25,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +351,12 @@ def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
         return None
     context = multiprocessing.get_context("forkserver")  # workers begin with the libraries, not with this package,
     context.set_forkserver_preload(["torch", "torchvision", "pydantic", "pandas", "scipy.stats"])  # which may change
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits it: Ctrl-C would break its imports
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
     devices = context.Queue() if cuda else None
     for i in range(workers if cuda else 0):
         devices.put(i)

@@ -356,7 +356,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                     method.after_epoch(epoch, {a: torch.from_numpy(c / size).to(device) for a, c in right.items()})
                 entry |= {name: value.tolist() for name, value in method.trace().items()}
                 history.append(entry)
-                complaints = [method.complaint(), *_amiss(history, judged, step == total)]
+                complaints = [method.complaint(history), *_amiss(history, judged, step == total)]
                 said = {text for e in history for text in e.get("warnings", ())}
                 if told := [text for text in complaints if text]:
                     entry["warnings"] = told

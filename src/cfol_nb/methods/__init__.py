@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -57,8 +58,9 @@ class Method(nn.Module):
     def after_epoch(self, epoch: int, report: dict[str, Tensor]) -> None:
         """Class accuracies (K,) on the held-out split under the keys "clean" and "robust"."""
 
-    def complaint(self) -> str:
-        """What the user should know about this method's state, asked once an epoch; empty if nothing."""
+    def complaint(self, history: Sequence[Mapping]) -> str:
+        """What the user should know of this method's state; empty if nothing. Asked after each epoch; history: one dict
+        per epoch so far, with what `trace` said."""
         return ""
 
     def trace(self) -> dict[str, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,11 +81,15 @@ class CFOL(Method):
             self.classes.w.copy_(torch.where(due, self.classes.prior, self.classes.w))
             self.seen += len(y)
 
-    def complaint(self) -> str:
-        most, at_first = self.classes.q.max(), self.classes.prior.softmax(0).max()
-        if self.classes.gamma == 1 or most <= 0.99 or most <= at_first:
-            return ""
-        return "CFOL's distribution has collapsed onto one class: its step size (drift or eta) is too large"
+    def complaint(self, history: Sequence[Mapping]) -> str:
+        """Whether q lies on one class, or in two epochs in a row more than half of it went to other classes."""
+        share, most, at_first = 1 - self.classes.gamma, self.classes.q.max(), self.classes.prior.softmax(0).max()
+        moved = [np.abs(np.subtract(b["p"], a["p"])).sum() / 2 > share / 2 for a, b in itertools.pairwise(history)]
+        if share and most > 0.99 and most > at_first:
+            return "CFOL's distribution has collapsed onto one class: its step size (drift or eta) is too large"
+        if share and any(first and then for first, then in itertools.pairwise(moved)):
+            return "CFOL's distribution jumps from class to class: its step size (drift or eta) is too large"
+        return ""
 
     def trace(self) -> dict[str, Tensor]:
         return {"p": self.classes.p}
