@@ -1,14 +1,19 @@
 """AutoAttack beside pyautoattack, and PGD-20 with and without retiring broken images, as ratios in one run.
 
 A small CNN on digits and, if data/cifar10 is there, a width-16 PreActResNet-18 on CIFAR-10; both are trained for a
-moment. The variants take turns, round by round. usage: autoattack.py [rounds]
+moment. pyautoattack has a process of its own, with the system's memory settings as its users have them: importing
+cfol_nb changes those (see `cfol_nb`). The variants take turns, round by round. usage: autoattack.py [rounds]
 """
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 from pyautoattack import AutoAttack as Theirs
@@ -18,8 +23,24 @@ from cfol_nb.autoattack import autoattack
 from cfol_nb.data import load
 from cfol_nb.models import build
 
+CASES = {  # data set, radius, training steps, network, images, other variants of ours
+    "smallcnn": ("digits", 0.15, 300, {}, 300, {}),
+    "preactresnet18": (
+        "imagefolder:data/cifar10",
+        8 / 255,
+        150,
+        {"width": 16},
+        60,
+        {"cfol-nb, compiled": {"compiled": True}},
+    ),
+}
+THEIRS = "pyautoattack 0.2.0"
 
-def trained(name: str, data, eps: float, steps: int, **spec) -> torch.nn.Module:
+
+def prepare(name: str) -> SimpleNamespace:
+    """The same model and images in every process."""
+    dataset, eps, steps, spec, n, variants = CASES[name]
+    data = load(dataset)
     torch.manual_seed(0)
     model = build(name, num_classes=10, channels=data.train.images.shape[1], **spec)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
@@ -31,17 +52,52 @@ def trained(name: str, data, eps: float, steps: int, **spec) -> torch.nn.Module:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x_adv), y).backward()
         optimizer.step()
-    return model.eval()
+    pick = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:1000]
+    x, y = data.test.images[pick].float() / 255, data.test.labels[pick]
+    return SimpleNamespace(data=data.name, model=model.eval(), eps=eps, n=n, variants=variants, x=x, y=y)
+
+
+def serve(name: str) -> None:
+    """pyautoattack once for every line that comes in; its seconds, and which images it does not break, go out."""
+    case = prepare(name)
+    x, y = case.x[: case.n], case.y[: case.n]
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        adv = Theirs(case.model, eps=case.eps, norm="Linf", seed=0).run_standard_evaluation(x, y)[0]
+        print(json.dumps([time.perf_counter() - start, right(case.model, adv, y).tolist()]), flush=True)
+
+
+def elsewhere(name: str):
+    system = os.environ | {"MALLOC_ARENA_MAX": str(8 * os.cpu_count())}  # glibc's default; cfol_nb then sets nothing
+    command = [sys.executable, __file__, "serve", name]
+    child = subprocess.Popen(command, env=system, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def run() -> tuple[float, torch.Tensor]:
+        child.stdin.write("\n")
+        while not (line := child.stdout.readline()).startswith("["):
+            pass  # what it says itself
+        seconds, held = json.loads(line)
+        return seconds, torch.tensor(held)
+
+    return run
+
+
+def here(work):
+    def run() -> tuple[float, torch.Tensor]:
+        start = time.perf_counter()
+        found = work()
+        return time.perf_counter() - start, found
+
+    return run
 
 
 def compare(title: str, rounds: int, **work) -> dict:
-    """Times each variant in turn; returns the last results."""
+    """Each variant in turn; prints seconds and returns what they found last."""
     times, results = {k: [] for k in work}, {}
     for _ in range(rounds):
         for k, f in work.items():
-            start = time.perf_counter()
-            results[k] = f()
-            times[k].append(time.perf_counter() - start)
+            seconds, results[k] = f()
+            times[k].append(seconds)
     base = statistics.median(times[next(iter(work))])
     print(title)
     for k, t in times.items():
@@ -57,32 +113,22 @@ def right(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Ten
 
 def main(rounds: int) -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    cases = [("smallcnn", load("digits"), 0.15, 300, {}, 300, {})]
-    try:
-        cifar = load("imagefolder:data/cifar10")
-        more = {"cfol-nb, compiled": {"compiled": True}}
-        cases.append(("preactresnet18", cifar, 8 / 255, 150, {"width": 16}, 60, more))
-    except FileNotFoundError:
-        print("data/cifar10 is not there: digits only")
-    for name, data, eps, steps, spec, n, more in cases:
-        model = trained(name, data, eps, steps, **spec)
-        pick = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
-        x, y = data.test.images[pick[:n]].float() / 255, data.test.labels[pick[:n]]
-        attacks = {
-            "pyautoattack 0.2.0": lambda m=model, x=x, y=y, e=eps: Theirs(
-                m, eps=e, norm="Linf", seed=0
-            ).run_standard_evaluation(x, y)[0],
-            "cfol-nb": lambda m=model, x=x, y=y, e=eps: autoattack(m, x, y, e),
-            **{k: lambda m=model, x=x, y=y, e=eps, o=o: autoattack(m, x, y, e, **o) for k, o in more.items()},
-        }
-        found = compare(f"AutoAttack standard, {name} on {data.name}, {n} images, L-inf {eps:.3g}", rounds, **attacks)
-        held = {k: right(model, v, y) for k, v in found.items()}
-        first = held["pyautoattack 0.2.0"]
+    for name in CASES:
+        try:
+            case = prepare(name)
+        except FileNotFoundError:
+            print("data/cifar10 is not there: digits only")
+            continue
+        model, eps, x, y = case.model, case.eps, case.x[: case.n], case.y[: case.n]
+        work = {THEIRS: elsewhere(name)}
+        for k, how in {"cfol-nb": {}, **case.variants}.items():
+            work[k] = here(lambda m=model, x=x, y=y, e=eps, how=how: right(m, autoattack(m, x, y, e, **how), y))
+        held = compare(f"AutoAttack standard, {name} on {case.data}, {case.n} images, L-inf {eps:.3g}", rounds, **work)
         print(f"  clean {right(model, x, y).float().mean():.3f}")
         for k, v in held.items():
-            print(f"  {k:34}robust {v.float().mean():.3f}, agrees on {(v == first).float().mean():.3f} of the images")
-        many = pick[: min(len(pick), 1000)]
-        x, y = data.test.images[many].float() / 255, data.test.labels[many]
+            same = (v == held[THEIRS]).float().mean()
+            print(f"  {k:34}robust {v.float().mean():.3f}, agrees on {same:.3f} of the images")
+        x, y = case.x, case.y
 
         def pgd20(retire: bool, model=model, x=x, y=y, eps=eps) -> torch.Tensor:
             """Which images no point on the way breaks: noted to the end, or retired at once."""
@@ -97,12 +143,14 @@ def main(rounds: int) -> None:
             adv = pgd(model, x, y, eps, eps / 8, 20, loss=loss, generator=g, retire=retire)
             return held & right(model, adv, y)
 
-        found = compare(
-            f"PGD-20, {len(y)} images", rounds, **{"to the end": lambda: pgd20(False), "retiring": lambda: pgd20(True)}
-        )
+        work = {"to the end": here(lambda: pgd20(False)), "retiring": here(lambda: pgd20(True))}
+        found = compare(f"PGD-20, {len(y)} images", rounds, **work)
         same = torch.equal(found["to the end"], found["retiring"])
         print(f"  robust {found['retiring'].float().mean():.3f}, the same images: {same}")
 
 
 if __name__ == "__main__":
-    main(*(int(a) for a in sys.argv[1:2] or ("3",)))
+    if sys.argv[1:2] == ["serve"]:
+        serve(sys.argv[2])
+    else:
+        main(*(int(a) for a in sys.argv[1:2] or ("3",)))

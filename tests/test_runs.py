@@ -232,6 +232,18 @@ def test_workers_end_with_their_parent_and_leave_checkpoints(own_store):
     assert not [c for c in children if alive(c)]
 
 
+def test_ctrl_c_does_not_break_workers_that_are_still_importing():
+    body = """
+    import os, signal
+    from multiprocessing import forkserver
+    from cfol_nb.runs import _pool
+    with _pool([RunConfig(dataset="digits", seed=s) for s in range(2)]) as pool:
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)
+        print(pool.submit(len, "abc").result(), signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    """
+    assert script(body).communicate(timeout=120) == ("3 True\n", "")
+
+
 @pytest.mark.slow
 def test_two_processes_that_want_the_same_run_compute_it_once(own_store):
     body = f"""

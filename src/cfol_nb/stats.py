@@ -42,22 +42,23 @@ def class_table(outcomes: Outcomes, attack: str | None = None, *, confidence: fl
     """
     correct, n = counts(outcomes, attack or last_attack(outcomes))
     low, high = zip(*(wilson(c, m, confidence) for c, m in zip(correct, n, strict=True)), strict=True)
-    with np.errstate(invalid="ignore"):
-        return pd.DataFrame(
-            {
-                "class": outcomes.class_names,
-                "n": n,
-                "correct": correct,
-                "accuracy": correct / n,
-                "low": low,
-                "high": high,
-            }
-        )
+    return pd.DataFrame(
+        {
+            "class": outcomes.class_names,
+            "n": n,
+            "correct": correct,
+            "accuracy": accuracies(outcomes, attack),
+            "low": low,
+            "high": high,
+        }
+    )
 
 
 def accuracies(outcomes: Outcomes, attack: str | None = None) -> np.ndarray:
-    """(K,) class accuracies."""
-    return class_table(outcomes, attack)["accuracy"].to_numpy()
+    """(K,) class accuracies; NaN for a class without images."""
+    correct, n = counts(outcomes, attack or last_attack(outcomes))
+    with np.errstate(invalid="ignore"):
+        return correct / n
 
 
 # -- one number from the class accuracies; all work on the last axis ---------------------------------------------------
