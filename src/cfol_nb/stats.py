@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -144,8 +145,20 @@ def _same_images(several: Sequence[Outcomes]) -> None:
             raise ValueError("these outcomes are not of the same images: they cannot be compared image by image")
 
 
-def _resampled(several: Sequence[Outcomes], attack: str, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(draws, S, K) class accuracies with images reweighted within each class, alike in all S runs.
+@functools.lru_cache(maxsize=1)  # one table after another is of the same images; 16 kB an image at 2000 draws
+def _weights(labels: bytes, draws: int, seed: int) -> tuple[list[tuple[np.ndarray, ...]], np.random.Generator]:
+    """For each class the weights of its images (draws, n) and of a right and a wrong one (draws, 2); the generator."""
+    rng, out = np.random.default_rng(seed), []
+    for n in np.bincount(np.frombuffer(labels, np.int64)):
+        out.append((rng.standard_exponential((draws, n)), rng.standard_gamma(0.5, (draws, 2))))
+    return out, rng
+
+
+def _resampled(
+    several: Sequence[Outcomes], attack: str, draws: int, seed: int
+) -> tuple[np.ndarray, np.random.Generator]:
+    """(draws, S, K) class accuracies with images reweighted within each class, alike in all S runs; and a generator for
+    what else is drawn.
 
     The Bayesian bootstrap (Rubin 1981) with Jeffreys' prior: half an image that is right and half one that is wrong, so
     that a class without a single success is not taken for certain.
@@ -155,13 +168,12 @@ def _resampled(several: Sequence[Outcomes], attack: str, draws: int, rng: np.ran
         if not n:
             raise ValueError(f"class {name!r} has no test images: its accuracy, and so the worst one, is unknown")
     right = np.stack([o.correct(attack) for o in several])
-    out = np.empty((draws, len(several), len(several[0].class_names)))
-    for c in range(out.shape[2]):
-        of_class = right[:, labels == c]
-        weight, prior = rng.standard_exponential((draws, of_class.shape[1])), rng.standard_gamma(0.5, (draws, 2))
+    weights, rng = _weights(labels.astype(np.int64).tobytes(), draws, seed)
+    out = np.empty((draws, len(several), len(weights)))
+    for c, (weight, prior) in enumerate(weights):
         total = weight.sum(1, keepdims=True) + prior.sum(1, keepdims=True)
-        out[:, :, c] = (weight @ of_class.T + prior[:, :1]) / total
-    return out
+        out[:, :, c] = (weight @ right[:, labels == c].T + prior[:, :1]) / total
+    return out, copy.deepcopy(rng)
 
 
 def _angle(accuracy: np.ndarray) -> np.ndarray:
@@ -281,9 +293,9 @@ def _summaries(
         alike.setdefault(key, []).append(label)
     for (name, *_), labels in alike.items():
         every = [*others, *(o for label in labels for o in groups[label])]
-        rng, images = np.random.default_rng(seed), counts(every[0], name)[1]
+        images = counts(every[0], name)[1]
         observed = np.stack([accuracies(o, name) for o in every])
-        sampled, at = _resampled(every, name, draws, rng), len(others)
+        (sampled, rng), at = _resampled(every, name, draws, seed), len(others)
 
         def parts(own: slice, rng=rng, images=images, observed=observed, sampled=sampled) -> dict:
             n = own.stop - own.start
@@ -328,10 +340,10 @@ def cosines(
     twenty exceeds; p: the share of permutations that come as high. All groups need the same test images.
     """
     groups = {k: _listed(v) for k, v in groups.items()}
-    every, rng = [o for several in groups.values() for o in several], np.random.default_rng(seed)
+    every = [o for several in groups.values() for o in several]
     _same_images(every)
     attack = attack or last_attack(every[0])
-    sampled, start, seen, drawn = _resampled(every, attack, draws, rng), 0, {}, {}
+    (sampled, rng), start, seen, drawn = _resampled(every, attack, draws, seed), 0, {}, {}
     for label, several in groups.items():
         runs = start + rng.integers(len(several), size=(draws, len(several), 1))
         seen[label] = deviation(np.mean([accuracies(o, attack) for o in several], 0))
@@ -378,7 +390,7 @@ def chance_weakest(
     to 1). Images are resampled, runs averaged; a class in doubt with others shares the probability with them."""
     several = _listed(outcomes)
     _same_images(several)
-    sampled = _resampled(several, attack or last_attack(several[0]), draws, np.random.default_rng(seed)).mean(1)
+    sampled = _resampled(several, attack or last_attack(several[0]), draws, seed)[0].mean(1)
     share = np.bincount(sampled.argmin(1), minlength=sampled.shape[1]) / draws
     return pd.Series(share, several[0].class_names, name="weakest")
 
