@@ -7,16 +7,16 @@ cfol_nb changes those (see `cfol_nb`). The variants take turns, round by round. 
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import torch
 from pyautoattack import AutoAttack as Theirs
+from step import elsewhere
 
 from cfol_nb.attacks import pgd
 from cfol_nb.autoattack import autoattack
@@ -63,30 +63,16 @@ def serve(name: str) -> None:
     x, y = case.x[: case.n], case.y[: case.n]
     for _ in sys.stdin:
         start = time.perf_counter()
-        adv = Theirs(case.model, eps=case.eps, norm="Linf", seed=0).run_standard_evaluation(x, y)[0]
+        with contextlib.redirect_stdout(sys.stderr):  # what it says itself
+            adv = Theirs(case.model, eps=case.eps, norm="Linf", seed=0).run_standard_evaluation(x, y)[0]
         print(json.dumps([time.perf_counter() - start, right(case.model, adv, y).tolist()]), flush=True)
-
-
-def elsewhere(name: str):
-    system = os.environ | {"MALLOC_ARENA_MAX": str(8 * os.cpu_count())}  # glibc's default; cfol_nb then sets nothing
-    command = [sys.executable, __file__, "serve", name]
-    child = subprocess.Popen(command, env=system, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-
-    def run() -> tuple[float, torch.Tensor]:
-        child.stdin.write("\n")
-        while not (line := child.stdout.readline()).startswith("["):
-            pass  # what it says itself
-        seconds, held = json.loads(line)
-        return seconds, torch.tensor(held)
-
-    return run
 
 
 def here(work):
     def run() -> tuple[float, torch.Tensor]:
         start = time.perf_counter()
-        found = work()
-        return time.perf_counter() - start, found
+        held = work()
+        return time.perf_counter() - start, held
 
     return run
 
@@ -120,13 +106,14 @@ def main(rounds: int) -> None:
             print("data/cifar10 is not there: digits only")
             continue
         model, eps, x, y = case.model, case.eps, case.x[: case.n], case.y[: case.n]
-        work = {THEIRS: elsewhere(name)}
+        work = {THEIRS: elsewhere(__file__, name)}
         for k, how in {"cfol-nb": {}, **case.variants}.items():
             work[k] = here(lambda m=model, x=x, y=y, e=eps, how=how: right(m, autoattack(m, x, y, e, **how), y))
         held = compare(f"AutoAttack standard, {name} on {case.data}, {case.n} images, L-inf {eps:.3g}", rounds, **work)
         print(f"  clean {right(model, x, y).float().mean():.3f}")
         for k, v in held.items():
-            same = (v == held[THEIRS]).float().mean()
+            v = torch.as_tensor(v)
+            same = (v == torch.as_tensor(held[THEIRS])).float().mean()
             print(f"  {k:34}robust {v.float().mean():.3f}, agrees on {same:.3f} of the images")
         x, y = case.x, case.y
 

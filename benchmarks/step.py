@@ -7,6 +7,7 @@ round by round. usage: step.py [width] [rounds]
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -74,17 +75,17 @@ def serve(width: int) -> None:
         print(seconds(lambda: work(*given)), flush=True)
 
 
-def elsewhere(width: int):
-    """The released style in a process with the system's memory settings; gives the seconds of a step."""
+def elsewhere(script: str, argument):
+    """`script serve argument` in a process with the system's memory settings; each call asks it for a line of JSON."""
     system = os.environ | {"MALLOC_ARENA_MAX": str(8 * os.cpu_count())}  # glibc's default; cfol_nb then sets nothing
-    command = [sys.executable, __file__, "serve", str(width)]
+    command = [sys.executable, script, "serve", str(argument)]
     child = subprocess.Popen(command, env=system, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
-    def step() -> float:
+    def ask():
         child.stdin.write("\n")
-        return float(child.stdout.readline())
+        return json.loads(child.stdout.readline())
 
-    return step
+    return ask
 
 
 def ours(width: int, dtype: str, engine: str):
@@ -115,7 +116,7 @@ def main(width: int, rounds: int) -> None:
         return lambda: seconds(lambda: work(*given))
 
     base = "released style: float32, contiguous"
-    variants = {base: elsewhere(width), "the same, freed memory kept": timed(released(width))}
+    variants = {base: elsewhere(__file__, width), "the same, freed memory kept": timed(released(width))}
     for dtype in ("float32", "bfloat16"):
         for engine in ("eager", *fast):
             variants[f"cfol-nb {dtype} {engine}"] = timed(ours(width, dtype, engine))

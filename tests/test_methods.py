@@ -129,9 +129,7 @@ def test_cfol_complains_when_p_collapses():
 
 def test_cfol_complains_when_p_jumps():
     method = CFOL(LABELS, 4, gamma=0.5)  # p = 1/8 + q/2
-    at = [
-        {"p": [1 / 8 + q / 2 for q in np.eye(4)[c] * 0.8 + 0.05]} for c in range(4)
-    ]  # 0.8 of q moves to another class
+    at = [{"p": 1 / 8 + (0.05 + 0.8 * row) / 2} for row in np.eye(4)]  # 0.8 of q moves to another class
     assert method.complaint([at[0], at[1], at[1], at[2]]) == ""  # never twice in a row
     assert "jumps" in method.complaint([at[0], at[1], at[2], at[2], at[2]])  # nor is it forgotten
     assert CFOL(LABELS, 4, gamma=1.0).complaint(at) == ""
