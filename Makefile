@@ -25,7 +25,7 @@ run: $(STAMP)  ## every notebook headless, then the headline table
 test: $(STAMP)  ## ruff, pytest, nbval; trained runs go to a folder of their own
 	@$(BIN)/ruff check .
 	@set -e; runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; export CFOL_NB_RUNS="$$runs"; \
-	$(BIN)/python -m pytest; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal; \
 	$(BIN)/python -m pytest --nbval --nbval-current-env notebooks
 
 lab: $(STAMP)  ## JupyterLab

@@ -139,6 +139,7 @@ def run(source: Path, target: Path | None = None, parameters: Mapping[str, Any] 
     part.parent.mkdir(parents=True, exist_ok=True)
     config = Config()
     config.KernelManager.transport_encryption = "auto"
+    config.NotebookClient.shutdown_kernel = "immediate"
     config.NotebookClient.extra_arguments = ["--log-level=CRITICAL"]  # a kernel that is stopped logs a ZMQError
     try:
         with _kernel_environment():
