@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cfol_nb import runs
+from cfol_nb.config import RunConfig
 from cfol_nb.evaluate import evaluate
 from cfol_nb.files import Corrupt, read_tensors, write_json, write_tensors
 from cfol_nb.models import MODELS, register
@@ -242,6 +243,21 @@ def test_ctrl_c_does_not_break_workers_that_are_still_importing():
         print(pool.submit(len, "abc").result(), signal.getsignal(signal.SIGINT) is signal.default_int_handler)
     """
     assert script(body).communicate(timeout=120) == ("3 True\n", "")
+
+
+def test_as_many_runs_go_side_by_side_as_the_threads_of_torch_leave_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    configs = [RunConfig(dataset="digits", dtype="float32", seed=s) for s in range(3)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert runs._pool(configs) is None
+        torch.set_num_threads(1)
+        with runs._pool(configs) as pool:
+            assert pool._max_workers == 2
+            assert pool.submit(torch.get_num_threads).result() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow

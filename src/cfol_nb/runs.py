@@ -301,12 +301,13 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
         leftover.unlink(missing_ok=True)
 
 
-def _start_worker(devices, environment: dict[str, str]) -> None:
+def _start_worker(devices, threads: int, environment: dict[str, str]) -> None:
     """In a local process: one device of its own, and an end when its parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     warnings.simplefilter("ignore", Diverging)  # the caller of `compute` hears of it
     os.environ.clear()  # that of the server, which may be older than a change
     os.environ.update(environment)
+    torch.set_num_threads(threads)
     if devices is not None:
         torch.cuda.set_device(devices.get())
 
@@ -334,18 +335,16 @@ def _main_not_imported() -> Iterator[None]:
 def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
     """Local processes for these runs, or None if they are better computed here, one after another.
 
-    On the CPU in float64 one process of one thread per core; otherwise a run on the CPU has all cores, so that its
-    numbers do not depend on how many runs were asked for; on CUDA one process per device.
+    On the CPU in float64 one process of one thread per core; otherwise a run on the CPU has the threads that torch has,
+    by default one per core, so that its numbers do not depend on how many runs were asked for: with OMP_NUM_THREADS=1
+    as many run side by side as there are cores. On CUDA one process per device.
     """
     makers = [table[spec["name"]] for c in configs for table, spec in ((MODELS, c.model), (METHODS, c.method))]
     if not all(m.__module__.startswith("cfol_nb.") for m in makers):
         return None  # registered by the user's own code, which a new process lacks
     cuda = any(c.device == "cuda" for c in configs)
-    limit = (
-        torch.cuda.device_count()
-        if cuda
-        else (len(os.sched_getaffinity(0)) if all(c.dtype == "float64" for c in configs) else 1)
-    )
+    each = 1 if all(c.dtype == "float64" for c in configs) else torch.get_num_threads()
+    limit = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0)) // each
     workers = min(limit, len(configs))
     if workers < 2:
         return None
@@ -360,7 +359,7 @@ def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
     devices = context.Queue() if cuda else None
     for i in range(workers if cuda else 0):
         devices.put(i)
-    return ProcessPoolExecutor(workers, context, _start_worker, (devices, dict(os.environ)))
+    return ProcessPoolExecutor(workers, context, _start_worker, (devices, each, dict(os.environ)))
 
 
 def _reason(error: BaseException) -> str:
