@@ -15,8 +15,8 @@ import time
 from types import SimpleNamespace
 
 import torch
+from common import elsewhere, keep
 from pyautoattack import AutoAttack as Theirs
-from step import elsewhere
 
 from cfol_nb.attacks import pgd
 from cfol_nb.autoattack import autoattack
@@ -84,6 +84,7 @@ def compare(title: str, rounds: int, **work) -> dict:
         for k, f in work.items():
             seconds, results[k] = f()
             times[k].append(seconds)
+    keep(title, times)
     base = statistics.median(times[next(iter(work))])
     print(title)
     for k, t in times.items():
@@ -131,7 +132,7 @@ def main(rounds: int) -> None:
             return held & right(model, adv, y)
 
         work = {"to the end": here(lambda: pgd20(False)), "retiring": here(lambda: pgd20(True))}
-        found = compare(f"PGD-20, {len(y)} images", rounds, **work)
+        found = compare(f"PGD-20, {name} on {case.data}, {len(y)} images", rounds, **work)
         same = torch.equal(found["to the end"], found["retiring"])
         print(f"  robust {found['retiring'].float().mean():.3f}, the same images: {same}")
 

@@ -7,6 +7,7 @@ import statistics
 import time
 
 import torch
+from common import keep
 
 from cfol_nb.config import RunConfig
 from cfol_nb.data import limit, load
@@ -87,6 +88,7 @@ def samplers() -> None:
         work[f"ExampleSampler, {n:,} images"] = step(ExampleSampler(n), torch.arange(n))
     repeats = {name: 2 if name.startswith("loop") else 100 for name in work}
     times = rounds(work, repeats)
+    keep(f"draw {BATCH} of 10 classes and update", times)
     base = times["loop, 10,000 images"]
     ratios = {name: show(name, t, base) for name, t in times.items()}
     few, many = (statistics.median(times[f"ClassSampler, {n} images"]) for n in ("10,000", "1,000,000"))
@@ -106,6 +108,7 @@ def steps() -> None:
 
     print("\ntwo epochs of the small CNN on digits, float64, one thread, CPU time")
     times = rounds({m: epochs(m) for m in ("erm", "cfol")}, {"erm": 1, "cfol": 1}, 15)
+    keep("two epochs of the small CNN on digits", {"ERM-AT": times["erm"], "CFOL-AT": times["cfol"]})
     show("ERM-AT", times["erm"])
     pairs = [c / e for c, e in zip(times["cfol"], times["erm"], strict=True)]
     show("CFOL-AT", times["cfol"])

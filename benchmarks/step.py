@@ -2,20 +2,17 @@
 
 The base is the style of most released code: float32, contiguous, eager, `autograd.grad` for the input, in a process of
 its own that keeps the system's way with freed memory. All variants do the same work on the same batch; they take turns,
-round by round. usage: step.py [width] [rounds]
+round by round. usage: step.py [width] [rounds], by default widths 16 and 64
 """
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
+from common import DEVICE, elsewhere, keep, machine
 
 from cfol_nb.attacks import pgd
 from cfol_nb.config import RunConfig
@@ -25,7 +22,6 @@ from cfol_nb.models import build
 from cfol_nb.objectives import AT
 
 BATCH, FORWARD = 128, 1.1108e9  # floating point operations of one image at width 64, counted layer by layer
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def wait() -> None:
@@ -75,19 +71,6 @@ def serve(width: int) -> None:
         print(seconds(lambda: work(*given)), flush=True)
 
 
-def elsewhere(script: str, argument):
-    """`script serve argument` in a process with the system's memory settings; each call asks it for a line of JSON."""
-    system = os.environ | {"MALLOC_ARENA_MAX": str(8 * os.cpu_count())}  # glibc's default; cfol_nb then sets nothing
-    command = [sys.executable, script, "serve", str(argument)]
-    child = subprocess.Popen(command, env=system, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-
-    def ask():
-        child.stdin.write("\n")
-        return json.loads(child.stdout.readline())
-
-    return ask
-
-
 def ours(width: int, dtype: str, engine: str):
     model = build("preactresnet18", width=width).to(DEVICE, memory_format=torch.channels_last)
     config = RunConfig(dataset="cifar10", dtype=dtype)
@@ -101,10 +84,7 @@ def ours(width: int, dtype: str, engine: str):
 def main(width: int, rounds: int) -> None:
     torch.manual_seed(0)
     given = batch()
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    has = [f for f in ("avx512f", "avx512_bf16", "amx_bf16") if f in cpu]
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU with {', '.join(has) or 'no wide vectors'}"
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, width {width}, batch {BATCH}")
+    print(f"{machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, width {width}, batch {BATCH}")
     ceiling = {d: matmul(d) for d in (torch.float32, torch.bfloat16)}
     print(f"  matmul float32 {ceiling[torch.float32] / 1e9:.0f}, bfloat16 {ceiling[torch.bfloat16] / 1e9:.0f} GFLOP/s")
     work = 17 * FORWARD * BATCH * (width / 64) ** 2  # seven attack steps of 2 forwards, one training step of 3
@@ -128,6 +108,7 @@ def main(width: int, rounds: int) -> None:
     for _ in range(rounds):
         for k, step in variants.items():
             times[k].append(step())
+    keep(f"PGD-7 step, PreActResNet-18 of width {width}, batch {BATCH}", {**times, "floor: bfloat16 matmul": [floor]})
     base = statistics.median(times[base])
     print(f"  floor by bfloat16 matmul: {1e3 * floor:.1f} ms a step, that is {base / floor:.1f} x the base")
     for k, t in times.items():
@@ -139,4 +120,5 @@ def main(width: int, rounds: int) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
         sys.exit(serve(int(sys.argv[2])))
-    main(*(int(a) for a in sys.argv[1:2] or ("64",)), *(int(a) for a in sys.argv[2:3] or ("5",)))
+    for width in sys.argv[1:2] or ("16", "64"):
+        main(int(width), *(int(a) for a in sys.argv[2:3] or ("5",)))

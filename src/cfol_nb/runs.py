@@ -173,7 +173,7 @@ def _git(*words: str) -> str | None:
 
 def provenance(device: str) -> dict:
     """What a reader needs to know where numbers come from."""
-    status = _git("status", "--porcelain")
+    status = _git("status", "--porcelain", "--", ".", ":!results")  # what is published later changes no code
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),

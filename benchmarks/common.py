@@ -1,0 +1,47 @@
+"""What the benchmarks share: a process for the code of others, and the place where seconds are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cfol_nb.files import ROOT, write_json
+from cfol_nb.runs import provenance
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine() -> str:
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.*)", cpu)
+    has = [f for f in ("avx512f", "avx512_bf16", "amx_bf16") if f in cpu]
+    return f"{name[1] if name else 'CPU'} with {', '.join(has) or 'no wide vectors'}"
+
+
+def elsewhere(script: str, argument) -> Callable:
+    """`script serve argument` in a process with the system's memory settings; each call asks it for a line of JSON."""
+    system = os.environ | {"MALLOC_ARENA_MAX": str(8 * os.cpu_count())}  # glibc's default; cfol_nb then sets nothing
+    command = [sys.executable, script, "serve", str(argument)]
+    child = subprocess.Popen(command, env=system, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def ask():
+        child.stdin.write("\n")
+        return json.loads(child.stdout.readline())
+
+    return ask
+
+
+def keep(what: str, seconds: dict[str, list[float]]) -> None:
+    """Store the seconds of each variant, round by round, the base first, where `07_report` reads them."""
+    name = re.sub(r"\W+", "-", what.lower()).strip("-")
+    origin = {**provenance(DEVICE.type), "device": machine()}
+    write_json(ROOT / f"results/speed/{name}-{DEVICE.type}.json", {"what": what, "seconds": seconds, **origin})
