@@ -107,7 +107,7 @@ def steps() -> None:
         return lambda: train(config, digits.train, held)
 
     print("\ntwo epochs of the small CNN on digits, float64, one thread, CPU time")
-    times = rounds({m: epochs(m) for m in ("erm", "cfol")}, {"erm": 1, "cfol": 1}, 15)
+    times = rounds({m: epochs(m) for m in ("erm", "cfol")}, {"erm": 1, "cfol": 1}, 60)
     keep("two epochs of the small CNN on digits", {"ERM-AT": times["erm"], "CFOL-AT": times["cfol"]})
     show("ERM-AT", times["erm"])
     pairs = [c / e for c, e in zip(times["cfol"], times["erm"], strict=True)]

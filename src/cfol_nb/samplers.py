@@ -103,6 +103,8 @@ class _Exp3(_Stateful):
 
     def _probability(self, arm: Tensor) -> Tensor:
         """(n,) float64: the probability with which the n oldest open draws fell on `arm`."""
+        if self._drawn and self._drawn[0][:2] == [0, len(arm)]:  # a whole block, as usual
+            return self._recall(self._drawn.popleft()[2], arm, 0)
         parts, start = [], 0
         while start < len(arm) and self._drawn:
             drawn = self._drawn[0]
@@ -194,7 +196,7 @@ class ClassSampler(_Exp3):
     @property
     def p(self) -> Tensor:
         """(K,) float64: the distribution that the next draw uses."""
-        return self.q.mul_(1 - self.gamma).add_(self._buffers["mix"])
+        return torch.add(self._buffers["mix"], self.q, alpha=1 - self.gamma)
 
     @property
     def q(self) -> Tensor:
@@ -213,7 +215,7 @@ class ClassSampler(_Exp3):
         self._drawn.append([0, n, p])
         u = torch.rand(2, n, dtype=torch.float64, generator=self.generator, device=p.device)
         of_class, of_example = u.unbind()
-        y = torch.searchsorted(p.cumsum(0), of_class, right=True).clamp_(max=self.num_classes - 1)
+        y = torch.searchsorted(p.cumsum(0), of_class, right=True).clamp_max_(self.num_classes - 1)
         inside = of_example.mul_(state["count"].index_select(0, y)).long()  # u < 1, so this stays below the count
         return state["order"].index_select(0, inside.add_(state["start"].index_select(0, y)))
 
