@@ -44,4 +44,5 @@ def keep(what: str, seconds: dict[str, list[float]]) -> None:
     """Store the seconds of each variant, round by round, the base first, where `07_report` reads them."""
     name = re.sub(r"\W+", "-", what.lower()).strip("-")
     origin = {**provenance(DEVICE.type), "device": machine()}
-    write_json(ROOT / f"results/speed/{name}-{DEVICE.type}.json", {"what": what, "seconds": seconds, **origin})
+    found = {"what": what, "base": next(iter(seconds)), "seconds": seconds, **origin}
+    write_json(ROOT / f"results/speed/{name}-{DEVICE.type}.json", found)
