@@ -35,7 +35,7 @@ report: $(STAMP)  ## the executed notebooks as a small site in site/
 	@$(BIN)/cfol-nb report
 
 bench: $(STAMP)  ## speed, as ratios in one run, kept in results/speed
-	@for b in sampler step autoattack; do $(BIN)/python benchmarks/$$b.py || exit 1; done
+	@for b in sampler step autoattack notebooks; do $(BIN)/python benchmarks/$$b.py || exit 1; done
 
 store: $(STAMP)  ## renew the stored runs in notebooks/
 	@$(BIN)/cfol-nb run --store
