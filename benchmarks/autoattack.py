@@ -2,7 +2,7 @@
 
 A small CNN on digits and, if data/cifar10 is there, a width-16 PreActResNet-18 on CIFAR-10; both are trained for a
 moment. pyautoattack has a process of its own, with the system's memory settings as its users have them: importing
-cfol_nb changes those (see `cfol_nb`). The variants take turns, round by round. usage: autoattack.py [rounds]
+cfol_nb changes those (see `cfol_nb`). The variants take turns, round by round.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from types import SimpleNamespace
 
 import torch
-from common import elsewhere, keep
+from common import DEVICE, elsewhere, keep
 from pyautoattack import AutoAttack as Theirs
 
 from cfol_nb.attacks import pgd
@@ -23,38 +23,34 @@ from cfol_nb.autoattack import autoattack
 from cfol_nb.data import load
 from cfol_nb.models import build
 
-CASES = {  # data set, radius, training steps, network, images, other variants of ours
-    "smallcnn": ("digits", 0.15, 300, {}, 300, {}),
-    "preactresnet18": (
-        "imagefolder:data/cifar10",
-        8 / 255,
-        150,
-        {"width": 16},
-        60,
-        {"cfol-nb, compiled": {"compiled": True}},
-    ),
+CASES = {  # data set, radius, training steps, network, images, rounds, other variants of ours
+    "smallcnn": ("digits", 0.15, 300, {}, 300, 5, {}),
+    "preactresnet18": ("imagefolder:data/cifar10", 8 / 255, 150, {"width": 16}, 100, 2, {}),
 }
+if DEVICE.type == "cuda":  # one round may take ten minutes
+    CASES["preactresnet18"] = (*CASES["preactresnet18"][:3], {}, 10_000, 1, {"cfol-nb, compiled": {"compiled": True}})
 THEIRS = "pyautoattack 0.2.0"
 
 
 def prepare(name: str) -> SimpleNamespace:
     """The same model and images in every process."""
-    dataset, eps, steps, spec, n, variants = CASES[name]
+    dataset, eps, steps, spec, n, rounds, variants = CASES[name]
     data = load(dataset)
     torch.manual_seed(0)
-    model = build(name, num_classes=10, channels=data.train.images.shape[1], **spec)
+    model = build(name, num_classes=10, channels=data.train.images.shape[1], **spec).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     for _ in range(steps):
         i = torch.randint(len(data.train), (128,))
-        x, y = data.train.images[i].float() / 255, data.train.labels[i]
+        x, y = data.train.images[i].to(DEVICE).float() / 255, data.train.labels[i].to(DEVICE)
         x_adv = pgd(model, x, y, eps, eps / 2, 4)
         model.train()
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x_adv), y).backward()
         optimizer.step()
-    pick = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:1000]
-    x, y = data.test.images[pick].float() / 255, data.test.labels[pick]
-    return SimpleNamespace(data=data.name, model=model.eval(), eps=eps, n=n, variants=variants, x=x, y=y)
+    pick = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[: max(n, 1000)]
+    x, y = data.test.images[pick].to(DEVICE).float() / 255, data.test.labels[pick].to(DEVICE)
+    more = {"n": n, "rounds": rounds, "variants": variants}
+    return SimpleNamespace(data=data.name, model=model.eval(), eps=eps, x=x, y=y, **more)
 
 
 def serve(name: str) -> None:
@@ -95,10 +91,10 @@ def compare(title: str, rounds: int, **work) -> dict:
 
 def right(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(x).argmax(1) == y
+        return (model(x).argmax(1) == y).cpu()
 
 
-def main(rounds: int) -> None:
+def main() -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in CASES:
         try:
@@ -106,7 +102,7 @@ def main(rounds: int) -> None:
         except FileNotFoundError:
             print("data/cifar10 is not there: digits only")
             continue
-        model, eps, x, y = case.model, case.eps, case.x[: case.n], case.y[: case.n]
+        model, eps, rounds, x, y = case.model, case.eps, case.rounds, case.x[: case.n], case.y[: case.n]
         work = {THEIRS: elsewhere(__file__, name)}
         for k, how in {"cfol-nb": {}, **case.variants}.items():
             work[k] = here(lambda m=model, x=x, y=y, e=eps, how=how: right(m, autoattack(m, x, y, e, **how), y))
@@ -120,16 +116,16 @@ def main(rounds: int) -> None:
 
         def pgd20(retire: bool, model=model, x=x, y=y, eps=eps) -> torch.Tensor:
             """Which images no point on the way breaks: noted to the end, or retired at once."""
-            held = torch.ones(len(y), dtype=torch.bool)
+            held = torch.ones_like(y, dtype=torch.bool)
 
             def loss(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
                 if len(t) == len(y):
                     held.logical_and_(z.detach().argmax(1) == t)
                 return torch.nn.functional.cross_entropy(z, t, reduction="none")
 
-            g = torch.Generator().manual_seed(0)
+            g = torch.Generator(DEVICE).manual_seed(0)
             adv = pgd(model, x, y, eps, eps / 8, 20, loss=loss, generator=g, retire=retire)
-            return held & right(model, adv, y)
+            return held.cpu() & right(model, adv, y)
 
         work = {"to the end": here(lambda: pgd20(False)), "retiring": here(lambda: pgd20(True))}
         found = compare(f"PGD-20, {name} on {case.data}, {len(y)} images", rounds, **work)
@@ -141,4 +137,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
         serve(sys.argv[2])
     else:
-        main(*(int(a) for a in sys.argv[1:2] or ("3",)))
+        main()
