@@ -3,45 +3,17 @@
 import numpy as np
 import pytest
 
+from benchmarks.coverage import CASES, coverage, outcomes
 from cfol_nb import stats
-from cfol_nb.evaluate import Outcomes
-
-CIFAR = np.array([0.55, 0.70, 0.35, 0.22, 0.33, 0.38, 0.55, 0.58, 0.65, 0.60])  # like a robust CIFAR-10 model
-DIGITS = np.array([0.95, 0.75, 0.88, 0.78, 0.90, 0.85, 0.93, 0.85, 0.62, 0.75])
-CIFAR100 = np.random.default_rng(5).beta(2, 5, 100)
-
-
-def outcomes(right, labels, k):
-    predictions = {"clean": labels, "pgd": np.where(right, labels, (labels + 1) % k)}
-    return Outcomes(labels, predictions, tuple(map(str, range(k))), {"pgd": {}})
-
-
-def coverage(accuracy, n, simulations, draws=300):
-    """Share of simulations in which each interval holds the truth, single and paired."""
-    k, rng, held = len(accuracy), np.random.default_rng(0), {}
-    labels = np.repeat(np.arange(k), n)
-    other = np.clip(accuracy + 0.05 * np.cos(np.arange(k)), 0.01, 0.99)
-    for seed in range(simulations):
-        u = rng.random(len(labels))
-        v = np.where(rng.random(len(labels)) < 0.7, u, rng.random(len(labels)))  # the same images are hard for both
-        a, b = outcomes(u < accuracy[labels], labels, k), outcomes(v < other[labels], labels, k)
-        for kind, versus in (("", None), ("paired ", b)):
-            table = stats.summary(a, versus=versus, draws=draws, seed=seed)
-            for name in ("mean", "tail", "worst"):
-                f = stats.STATISTICS[name]
-                truth = f(accuracy) - (f(other) if versus else 0)
-                row = table.loc[name]
-                held.setdefault(kind + name, []).append(row["low"] <= truth <= row["high"])
-    return {name: float(np.mean(v)) for name, v in held.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("accuracy", "n", "simulations"),
-    [(CIFAR, 60, 500), (DIGITS, 60, 500), (CIFAR, 1000, 200), (CIFAR100, 100, 100)],
-    ids=["cifar-60", "digits-60", "cifar-1000", "cifar100-100"],
+    ("case", "simulations"),
+    [("like CIFAR-10, 60", 500), ("like digits, 60", 500), ("like CIFAR-10, 1000", 200), ("like CIFAR-100, 100", 100)],
 )
-def test_intervals_hold_in_93_to_97_per_cent(accuracy, n, simulations):
+def test_intervals_hold_in_93_to_97_per_cent(case, simulations):
+    accuracy, n = CASES[f"{case} a class"]
     noise = 2.5 * np.sqrt(0.95 * 0.05 / simulations)  # of the simulation itself
     for name, share in coverage(accuracy, n, simulations).items():
         assert 0.93 - noise <= share <= min(0.97 + noise, 1), (name, share)

@@ -1,0 +1,60 @@
+"""How often do the stated 95 % intervals hold? Simulated outcomes with known class accuracies; kept for `07_report`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cfol_nb import stats
+from cfol_nb.evaluate import Outcomes
+from cfol_nb.files import ROOT, write_json
+from cfol_nb.runs import provenance
+
+CIFAR = np.array([0.55, 0.70, 0.35, 0.22, 0.33, 0.38, 0.55, 0.58, 0.65, 0.60])  # like a robust CIFAR-10 model
+DIGITS = np.array([0.95, 0.75, 0.88, 0.78, 0.90, 0.85, 0.93, 0.85, 0.62, 0.75])
+CIFAR100 = np.random.default_rng(5).beta(2, 5, 100)
+CASES = {  # class accuracies, images per class
+    "like CIFAR-10, 60 a class": (CIFAR, 60),
+    "like digits, 60 a class": (DIGITS, 60),
+    "like CIFAR-10, 1000 a class": (CIFAR, 1000),
+    "like CIFAR-100, 100 a class": (CIFAR100, 100),
+    "10 equal classes, 60 a class": (np.full(10, 0.5), 60),
+    "10 equal classes, 1000 a class": (np.full(10, 0.5), 1000),
+    "100 equal classes, 100 a class": (np.full(100, 0.5), 100),
+}
+SIMULATIONS = 500
+
+
+def outcomes(right: np.ndarray, labels: np.ndarray, k: int) -> Outcomes:
+    predictions = {"clean": labels, "pgd": np.where(right, labels, (labels + 1) % k)}
+    return Outcomes(labels, predictions, tuple(map(str, range(k))), {"pgd": {}})
+
+
+def coverage(accuracy: np.ndarray, n: int, simulations: int, draws: int = 300) -> dict[str, float]:
+    """Share of simulations in which each interval holds the truth, single and paired; n images of each class."""
+    k, rng, held = len(accuracy), np.random.default_rng(0), {}
+    labels = np.repeat(np.arange(k), n)
+    other = np.clip(accuracy + 0.05 * np.cos(np.arange(k)), 0.01, 0.99)
+    for seed in range(simulations):
+        u = rng.random(len(labels))
+        v = np.where(rng.random(len(labels)) < 0.7, u, rng.random(len(labels)))  # the same images are hard for both
+        a, b = outcomes(u < accuracy[labels], labels, k), outcomes(v < other[labels], labels, k)
+        for kind, versus in (("", None), ("paired ", b)):
+            table = stats.summary(a, versus=versus, draws=draws, seed=seed)
+            for name in ("mean", "tail", "worst"):
+                f = stats.STATISTICS[name]
+                truth = f(accuracy) - (f(other) if versus else 0)
+                row = table.loc[name]
+                held.setdefault(kind + name, []).append(row["low"] <= truth <= row["high"])
+    return {name: float(np.mean(v)) for name, v in held.items()}
+
+
+def main() -> None:
+    held = {name: coverage(*case, SIMULATIONS) for name, case in CASES.items()}
+    found = {"simulations": SIMULATIONS, "held": held, **provenance("cpu")}
+    write_json(ROOT / "results/statistics/coverage.json", found)
+    for name, shares in held.items():
+        print(f"{name:32}", ", ".join(f"{k} {100 * share:.1f}" for k, share in shares.items()))
+
+
+if __name__ == "__main__":
+    main()
