@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cfol_nb import runs
+from cfol_nb.autoattack import Evaluation
 from cfol_nb.config import RunConfig
 from cfol_nb.evaluate import evaluate
 from cfol_nb.files import Corrupt, read_tensors, write_json, write_tensors
@@ -107,6 +108,29 @@ def test_runs_are_judged_by_further_attacks_once(tiny, monkeypatch):
     monkeypatch.setattr(runs, "evaluate", lambda *a, **k: 1 / 0)
     with pytest.raises(RunsFailed, match="under other: ZeroDivisionError"):
         judge(both[:1], {"other": attacks["margin"]})
+
+
+def test_a_killed_verdict_of_autoattack_goes_on_where_it_was(tiny, monkeypatch):
+    (run,), asked = compute([tiny(eps=0.1, epochs=6)]), {"aa": {"eps": 0.1, "version": "fast"}}
+    attack, done = Evaluation._attack, []
+
+    def stops(self, number, index):
+        if len(done) == 3:
+            raise RuntimeError("killed")
+        attack(self, number, index)
+        done.append((number, len(index)))
+
+    monkeypatch.setattr(Evaluation, "_attack", stops)
+    with pytest.raises(RunsFailed, match="killed"):
+        judge([run], asked)
+    before, done[:] = list(done), []
+    monkeypatch.setattr(Evaluation, "_attack", lambda *a: done.append(a[1]) or attack(*a))
+    (found,) = judge([run], asked)
+    assert before and min(done) > 0, "APGD-CE was attacked anew"
+    assert not list(run.folder.glob("*.state"))
+    test = runs.prepare(run.config)[2].test
+    alone = evaluate(run.model("last"), test.images, test.labels, asked, seed=run.config.seed)
+    np.testing.assert_array_equal(found.predictions["aa"], alone.predictions["aa"])
 
 
 def test_provenance_says_where_numbers_come_from(tiny):

@@ -6,6 +6,7 @@ import base64
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -107,6 +108,7 @@ def evaluate(
     batch_size: int = 500,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    folder: Path | None = None,
 ) -> Outcomes:
     """Predictions on clean images and under each attack.
 
@@ -115,7 +117,7 @@ def evaluate(
     attacks: name -> options of `pgd` (eps, step, steps, norm, loss, restarts, random_start, retire), by default PGD-20
     with step 1/255 at L-inf 8/255; or of AutoAttack (eps, norm, version="standard" | "fast"), which also gives the
     outcomes up to each of its attacks, as "name:apgd-ce" and so on. seed: of the random starts. progress: called with
-    the number of images done at a time.
+    the number of images done at a time. folder: where AutoAttack keeps its state, to go on from it if it is killed.
     Raises ValueError for images outside [0, 1] and labels that are no class of the model, FloatingPointError for logits
     that are not finite.
     """
@@ -148,5 +150,6 @@ def evaluate(
         if name in steps:
             out.add(name, torch.cat(predictions[name]).numpy(), attack.model_dump())
         else:
-            out.add_autoattack(name, Evaluation(model, images, labels, attack, batch_size=batch_size, seed=seed).run())
+            e = Evaluation(model, images, labels, attack, batch_size=batch_size, seed=seed, folder=folder)
+            out.add_autoattack(name, e.run())
     return out

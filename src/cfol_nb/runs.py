@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -478,12 +479,12 @@ def _do_all(
 def _judge(folder: str, which: str, name: str, attack: dict, path: str, report=None) -> None:
     run = Run.load(Path(folder))
     origin, start = provenance(run.config.device), time.perf_counter()
-    test = prepare(run.config)[2].test
-    outcomes = evaluate(
-        run.model(which), test.images, test.labels, {name: attack}, class_names=test.class_names, seed=run.config.seed
-    )
+    test, state = prepare(run.config)[2].test, Path(path).with_suffix(".state")
+    how = {"class_names": test.class_names, "seed": run.config.seed, "folder": state}
+    outcomes = evaluate(run.model(which), test.images, test.labels, {name: attack}, **how)
     seconds = round(time.perf_counter() - start, 2)
     write_tensors(Path(path), outcomes.tensors(), {**outcomes.meta(), "asked": attack, **origin, "seconds": seconds})
+    shutil.rmtree(state, ignore_errors=True)
 
 
 def _verdict(run: Run, which: str, name: str) -> Path:
@@ -506,7 +507,8 @@ def judge(
     """Outcomes of stored weights under further attacks, in order: those of the run, then those asked for.
 
     attacks: name -> options, as for `evaluate`; a name is a word. Each verdict is stored with its run, and loaded if
-    the same was asked before; `suite.publish` publishes it. Missing ones are computed in parallel.
+    the same was asked before; `suite.publish` publishes it. Missing ones are computed in parallel; AutoAttack, if it
+    was killed, goes on where it was.
     Raises ValueError for an attack that cannot be, or has the name of one of the run's own; RunsFailed with the reasons
     if some fail.
     """
