@@ -10,13 +10,14 @@ from cfol_nb import stats
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "simulations"),
-    [("like CIFAR-10, 60", 500), ("like digits, 60", 500), ("like CIFAR-10, 1000", 200), ("like CIFAR-100, 100", 100)],
+    [("like CIFAR-10, 60", 500), ("like digits, 60", 500), ("like CIFAR-10, 1000", 200), ("like CIFAR-100, 100", 500)],
 )
 def test_intervals_hold_in_93_to_97_per_cent(case, simulations):
     accuracy, n = CASES[f"{case} a class"]
     noise = 2.5 * np.sqrt(0.95 * 0.05 / simulations)  # of the simulation itself
     for name, share in coverage(accuracy, n, simulations).items():
-        assert 0.93 - noise <= share <= min(0.97 + noise, 1), (name, share)
+        wide = len(accuracy) == 100 and name == "tail"  # the two ends allow for more bias than there is
+        assert 0.93 - noise <= share <= (1 if wide else 0.97 + noise), (name, share)
 
 
 @pytest.mark.slow
@@ -28,6 +29,25 @@ def test_intervals_hold_in_93_to_97_per_cent(case, simulations):
 def test_single_intervals_hold_where_classes_are_equal_or_one_stands_alone(accuracy, n):
     held = coverage(accuracy, n, 250)
     assert min(held["mean"], held["tail"], held["worst"]) >= 0.92, held
+
+
+@pytest.mark.parametrize("right", [0, 3, 9, 10])
+def test_the_worst_class_with_few_right_answers_is_not_surer_than_a_class_alone(monkeypatch, right):
+    labels = np.repeat(np.arange(4), 100)
+    correct = np.concatenate([np.arange(100) < c for c in (right, 12, 50, 90)])
+    a, b = outcomes(correct, labels, 4), outcomes(np.roll(correct, 7), labels, 4)
+    got, difference = stats.summary(a), stats.summary(b, versus=a)
+    monkeypatch.setattr(stats, "FEW", 0)
+    before, difference_before = stats.summary(a), stats.summary(b, versus=a)
+    few, worst = right < 10, ["worst", "worst_of_mean"]
+    ends = ["low", "high"]
+    if few:
+        assert (got.loc[worst, "high"] >= stats.wilson(right, 100)[1]).all()
+    half = np.array([-0.005, 0.005]) * few
+    np.testing.assert_allclose(difference.loc[worst, ends], difference_before.loc[worst, ends] + half)
+    others = [k for k in got.index if k not in worst]
+    np.testing.assert_array_equal(got.loc[others, ends], before.loc[others, ends])
+    np.testing.assert_array_equal(difference.loc[others, ends], difference_before.loc[others, ends])
 
 
 def test_the_interval_of_a_class_holds_with_its_level():
