@@ -34,8 +34,8 @@ lab: $(STAMP)  ## JupyterLab
 report: $(STAMP)  ## the executed notebooks as a small site in site/
 	@$(BIN)/cfol-nb report
 
-bench: $(STAMP)  ## speed, as ratios in one run, kept in results/speed
-	@for b in sampler step autoattack notebooks; do $(BIN)/python benchmarks/$$b.py || exit 1; done
+bench: $(STAMP)  ## speed as ratios in one run, and how often intervals hold, kept in results/
+	@for b in sampler step autoattack notebooks coverage; do $(BIN)/python benchmarks/$$b.py || exit 1; done
 
 store: $(STAMP)  ## renew the stored runs in notebooks/
 	@$(BIN)/cfol-nb run --store
