@@ -243,7 +243,9 @@ def report(out: Path) -> Path:
         title = title.lstrip("# ")
         page, _ = HTMLExporter().from_notebook_node(nb, {"metadata": {"name": title}})
         page = re.sub(r"<script.*?</script>", "", page, flags=re.S)  # they would load from the network, for no use here
-        page = re.sub(r"(<body.*?>)", r'\1<p><a href="index.html">cfol-nb</a></p>', page, count=1)
+        # wide tables scroll; broken lines could not be read
+        style = "<style>.jp-RenderedText pre { white-space: pre; overflow-x: auto }</style>"
+        page = re.sub(r"(<body.*?>)", rf'\1{style}<p><a href="index.html">cfol-nb</a></p>', page, count=1)
         (out / f"{source.stem}.html").write_text(page)
         images = (
             o.data["image/png"] for c in nb.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})
