@@ -50,7 +50,7 @@ def prepare(name: str) -> SimpleNamespace:
     pick = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[: max(n, 1000)]
     x, y = data.test.images[pick].to(DEVICE).float() / 255, data.test.labels[pick].to(DEVICE)
     more = {"n": n, "rounds": rounds, "variants": variants}
-    return SimpleNamespace(data=data.name, model=model.eval(), eps=eps, x=x, y=y, **more)
+    return SimpleNamespace(data=dataset.rpartition("/")[2], model=model.eval(), eps=eps, x=x, y=y, **more)
 
 
 def serve(name: str) -> None:

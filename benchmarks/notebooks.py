@@ -7,9 +7,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import keep
+from common import machine
 
+from cfol_nb.files import ROOT, write_json
 from cfol_nb.headless import notebooks, run
+from cfol_nb.runs import provenance
 
 
 def main() -> None:
@@ -19,9 +21,9 @@ def main() -> None:
         for path in notebooks():
             start = time.perf_counter()
             run(path, Path(store) / path.name)
-            seconds[path.stem] = [time.perf_counter() - start]
-            print(f"{path.stem:28}{seconds[path.stem][0]:6.1f} s", flush=True)
-    keep("every notebook", seconds)
+            seconds[path.stem] = time.perf_counter() - start
+            print(f"{path.stem:28}{seconds[path.stem]:6.1f} s", flush=True)
+    write_json(ROOT / "results/notebooks/seconds.json", {"seconds": seconds, **provenance("cpu"), "device": machine()})
 
 
 if __name__ == "__main__":
