@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -16,15 +15,6 @@ from cfol_nb.files import ROOT, write_json
 from cfol_nb.runs import provenance
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def machine() -> str:
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name()
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*: (.*)", cpu)
-    has = [f for f in ("avx512f", "avx512_bf16", "amx_bf16") if f in cpu]
-    return f"{name[1] if name else 'CPU'} with {', '.join(has) or 'no wide vectors'}"
 
 
 def elsewhere(script: str, argument) -> Callable:
@@ -43,6 +33,5 @@ def elsewhere(script: str, argument) -> Callable:
 def keep(what: str, seconds: dict[str, list[float]]) -> None:
     """Store the seconds of each variant, round by round, the base first, where `07_report` reads them."""
     name = re.sub(r"\W+", "-", what.lower()).strip("-")
-    origin = {**provenance(DEVICE.type), "device": machine()}
-    found = {"what": what, "base": next(iter(seconds)), "seconds": seconds, **origin}
+    found = {"what": what, "base": next(iter(seconds)), "seconds": seconds, **provenance(DEVICE.type)}
     write_json(ROOT / f"results/speed/{name}-{DEVICE.type}.json", found)

@@ -22,10 +22,7 @@ CASES = {  # class accuracies, images per class
     "10 equal classes, 1000 a class": (np.full(10, 0.5), 1000),
     "100 equal classes, 100 a class": (np.full(100, 0.5), 100),
 }
-SIMULATIONS, SEED = (
-    500,
-    1,
-)  # not the seed of the tests, at which the rule for few right answers (`stats.FEW`) was chosen
+SIMULATIONS, SEED = 500, 1  # the rule for few right answers (`stats.FEW`) was chosen at seed 0, that of the tests
 
 
 def outcomes(right: np.ndarray, labels: np.ndarray, k: int) -> Outcomes:

@@ -7,8 +7,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import machine
-
 from cfol_nb.files import ROOT, write_json
 from cfol_nb.headless import notebooks, run
 from cfol_nb.runs import provenance
@@ -23,7 +21,7 @@ def main() -> None:
             run(path, Path(store) / path.name)
             seconds[path.stem] = time.perf_counter() - start
             print(f"{path.stem:28}{seconds[path.stem]:6.1f} s", flush=True)
-    write_json(ROOT / "results/notebooks/seconds.json", {"seconds": seconds, **provenance("cpu"), "device": machine()})
+    write_json(ROOT / "results/notebooks/seconds.json", {"seconds": seconds, **provenance("cpu")})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 import time
 
 import torch
-from common import DEVICE, elsewhere, keep, machine
+from common import DEVICE, elsewhere, keep
 
 from cfol_nb.attacks import pgd
 from cfol_nb.config import RunConfig
@@ -20,6 +20,7 @@ from cfol_nb.engine import make_step
 from cfol_nb.methods import Method
 from cfol_nb.models import build
 from cfol_nb.objectives import AT
+from cfol_nb.runs import device_name
 
 BATCH, FORWARD = 128, 1.1108e9  # floating point operations of one image at width 64, counted layer by layer
 
@@ -84,7 +85,8 @@ def ours(width: int, dtype: str, engine: str):
 def main(width: int, rounds: int) -> None:
     torch.manual_seed(0)
     given = batch()
-    print(f"{machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, width {width}, batch {BATCH}")
+    print(f"{device_name(DEVICE.type)}, {torch.get_num_threads()} threads, torch {torch.__version__},", end=" ")
+    print(f"width {width}, batch {BATCH}")
     ceiling = {d: matmul(d) for d in (torch.float32, torch.bfloat16)}
     print(f"  matmul float32 {ceiling[torch.float32] / 1e9:.0f}, bfloat16 {ceiling[torch.bfloat16] / 1e9:.0f} GFLOP/s")
     work = 17 * FORWARD * BATCH * (width / 64) ** 2  # seven attack steps of 2 forwards, one training step of 3

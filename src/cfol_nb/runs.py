@@ -172,6 +172,16 @@ def _git(*words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's with those of its instructions that decide its speed here."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.*)", cpu)
+    has = [f for f in ("avx512f", "avx512_bf16", "amx_bf16") if f in cpu]
+    return f"{name[1] if name else platform.machine()} with {', '.join(has) or 'no wide vectors'}"
+
+
 def provenance(device: str) -> dict:
     """What a reader needs to know where numbers come from."""
     status = _git("status", "--porcelain", "--", ".", ":!results")  # what is published later changes no code
@@ -179,7 +189,7 @@ def provenance(device: str) -> dict:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "code": code_hash(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
