@@ -386,6 +386,8 @@ def rates(measured: pd.DataFrame, bound: pd.DataFrame | None = None) -> Figure:
         ax.plot(measured.index, measured[name].where(measured[name] > 0), "o-", color=colour, ms=4, label=name)
         if bound is not None:
             ax.plot(bound.index, bound[name], "--", color=colour, lw=1.2)
+    if bound is not None:
+        ax.plot([], "--", color="0.4", lw=1.2, label="bounds")
     ax.set(xscale="log", yscale="log", xlabel=measured.index.name, ylabel=measured.columns.name)
     ax.legend(frameon=True, fontsize=9)
     return fig
@@ -405,8 +407,9 @@ def explanations(panels: Mapping[str, pd.DataFrame]) -> Figure:
         x, y = table.columns[:2]
         ax.plot(table[x], table[y], "o", color="#8494a4", ms=5, alpha=0.8)
         if len(table) <= 12:
-            for name, row in table.iterrows():
-                ax.annotate(str(name), (row[x], row[y]), xytext=(4, 3), textcoords="offset points", fontsize=9)
+            for i, (name, row) in enumerate(table.sort_values([x, y]).iterrows()):  # neighbours on different sides
+                where = {"xytext": (4, 3)} if i % 2 else {"xytext": (-4, -3), "ha": "right", "va": "top"}
+                ax.annotate(str(name), (row[x], row[y]), textcoords="offset points", fontsize=9, **where)
         ax.set(xlabel=x, ylabel=y)
         rank = table[x].corr(table[y], method="spearman")
         ax.set_title(f"{label}\nrank correlation {rank:+.2f}", fontsize=10, loc="left")
