@@ -60,7 +60,7 @@ def serve(name: str) -> None:
     for _ in sys.stdin:
         start = time.perf_counter()
         with contextlib.redirect_stdout(sys.stderr):  # what it says itself
-            adv = Theirs(case.model, eps=case.eps, norm="Linf", seed=0).run_standard_evaluation(x, y)[0]
+            adv = Theirs(case.model, eps=case.eps, norm="Linf", seed=0, device=DEVICE).run_standard_evaluation(x, y)[0]
         print(json.dumps([time.perf_counter() - start, right(case.model, adv, y).tolist()]), flush=True)
 
 

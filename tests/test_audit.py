@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import re
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from test_autoattack import of_test, trained  # noqa: F401
+from test_autoattack import Gamma, of_test, trained  # noqa: F401
 from torch import nn
 
 from cfol_nb import audit as module
@@ -37,6 +38,12 @@ def test_a_sound_model_passes_every_check(trained, digits):  # noqa: F811
 class Pair(nn.Module):
     def forward(self, x):
         return x.flatten(1), x
+
+
+class Picky(nn.Module):
+    def forward(self, x):
+        assert x.shape[-1] == 224, "only 224 pixels"
+        return x
 
 
 class Broken(nn.Module):
@@ -170,8 +177,31 @@ def test_a_time_limit_leaves_an_honest_outcome_and_the_same_call_goes_on(trained
     monkeypatch.setattr(aa.Evaluation, "_attack", original)
     again = audit(trained[0], x, y, eps=0.1, batch_size=30, folder=tmp_path)
     np.testing.assert_array_equal(again.outcomes.predictions["autoattack"], whole.outcomes.predictions["autoattack"])
-    with pytest.raises(ValueError, match="over before AutoAttack"):
-        audit(trained[0], x, y, eps=0.1, minutes=1e-9)
+    assert "probability" not in part.verdict()  # nothing is said of classes that were attacked in part
+    assert "weakest" not in part.table()
+    assert not part.checks["check"].str.contains("black-box").any()
+    assert again.checks["check"].str.contains("black-box").any()
+
+
+def test_what_came_before_autoattack_is_kept_too(trained, digits, tmp_path, quick, monkeypatch):  # noqa: F811
+    x, y = of_test(digits, 60)
+    with pytest.raises(ValueError, match=r"minutes=0 are over before AutoAttack began: .*fewer images$"):
+        audit(trained[0], x, y, eps=0.1, minutes=0)
+    sizes, original = [], module.evaluate
+
+    def counted(model, images, *rest, **more):
+        sizes.append(len(images))
+        return original(model, images, *rest, **more)
+
+    monkeypatch.setattr(module, "evaluate", counted)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="what was done is kept"):
+            audit(trained[0], x, y, eps=0.1, batch_size=25, minutes=0, folder=tmp_path)
+    found = audit(trained[0], x, y, eps=0.1, batch_size=25, folder=tmp_path)
+    assert sizes == [25, 25, 10]
+    whole = audit(trained[0], x, y, eps=0.1, batch_size=25)
+    np.testing.assert_array_equal(found.outcomes.predictions["pgd20"], whole.outcomes.predictions["pgd20"])
+    np.testing.assert_array_equal(found.first, whole.first)
 
 
 def test_spending_on_the_worst_says_what_it_skipped(trained, digits, quick):  # noqa: F811
@@ -179,6 +209,36 @@ def test_spending_on_the_worst_says_what_it_skipped(trained, digits, quick):  # 
     part = audit(trained[1], x, y, eps=0.08, version="fast", worst_only=True)
     assert "unfinished" in part.table() or "Not decided" in part.verdict()
     assert "95 % confidence" in part.verdict() or "Not decided" in part.verdict()
+    if "confidence" in part.verdict():  # the accuracy of the class that is named is no bound
+        table = part.table()
+        assert table["unfinished"][0] == 0
+        assert f"the weakest class is {table['class'][0]}: " in part.verdict().lower()
+        assert f"Of these images {table['class'][0]} is the worst class" in part.verdict()
+
+
+def test_two_classes_need_no_three_quarters(trained, digits):  # noqa: F811
+    x, _ = of_test(digits, 200)
+    two = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    right = two(x).argmax(1)
+    labels = torch.where(torch.arange(200) % 10 < 7, right, 1 - right)  # 70 % are right
+    assert verdicts(checklist(two, x, labels, 0.05))["clean accuracy is above chance"] == "ok"
+    labels = torch.where(torch.arange(200) % 2 < 1, right, 1 - right)
+    assert verdicts(checklist(two, x, labels, 0.05))["clean accuracy is above chance"] == "fail"
+
+
+def test_infinite_gradients_are_seen(trained, digits):  # noqa: F811
+    x, y = of_test(digits, 120)
+    assert verdicts(checklist(Gamma(trained[1]), x, y, 0.1))["gradients are finite"] == "fail"
+
+
+def test_a_class_may_have_any_name(found, tmp_path):
+    names = (r"$\foo$", *found.outcomes.class_names[1:])
+    odd = dataclasses.replace(
+        found,
+        outcomes=dataclasses.replace(found.outcomes, class_names=names),
+        radii=found.radii.set_axis(names, axis=1),
+    )
+    assert r"<td>$\foo$</td>" in odd.html(tmp_path / "a.html").read_text()
 
 
 # -- bad input is refused before the first attack ----------------------------------------------------------------------
@@ -228,6 +288,8 @@ def case(name):
         "pair": (Pair(), x, y, names, {}, "returns a tuple"),
         "radius": (net, x, y, names, {"eps": 8}, "8/255"),
         "norm": (net, x, y, names, {"norm": "l1"}, "linf"),
+        "float labels": (net, x, y + 0.7, names, {}, "one integer per image"),
+        "picky": (Picky(), x, y, names, {}, "does not take images .*: only 224"),
         "half": (build("smallcnn", channels=1).half(), x, y, names, {}, "float32 or better"),
     }[name]
 
@@ -249,6 +311,8 @@ def case(name):
         "pair",
         "radius",
         "norm",
+        "float labels",
+        "picky",
         "half",
     ],
 )
@@ -264,7 +328,8 @@ def test_bad_input_is_refused_in_a_sentence(name, no_attack):
 def test_models_are_loaded_from_files_and_torchvision(tmp_path):
     code = tmp_path / "net.py"
     make = "import torch\ndef make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
-    code.write_text(make + "x = 3\ndef bad():\n    return 3\n")
+    code.write_text(make + "x = 3\ndef bad():\n    return 3\ndef needs(it):\n    return it\n")
+    (tmp_path / "lacks.py").write_text("import no_such_thing\n")
     net = load_model(f"{code}:make", None, 10, 1)
     safetensors.torch.save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "w.safetensors")
     again = load_model(f"{code}:make", tmp_path / "w.safetensors", 10, 1)
@@ -286,6 +351,8 @@ def test_models_are_loaded_from_files_and_torchvision(tmp_path):
         (f"{code}:made", None, "no function 'made'"),
         (f"{code}:x", None, "no function 'x'"),
         (f"{code}:bad", None, "returns a int"),
+        (f"{code}:needs", None, "cannot be called without arguments: TypeError"),
+        (f"{tmp_path}/lacks.py:make", None, "ModuleNotFoundError"),
         (f"{code}:make", "torn", "no safetensors file"),
         (f"{code}:make", "less", "lacks 1 tensors, for example 1.bias"),
         (f"{code}:make", "more", "has, but the model has not, 1 tensors, for example more"),

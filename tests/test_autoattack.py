@@ -301,6 +301,97 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(trained, digits, tmp_pat
         assert not other.passed.any()  # of another model, of other images: nothing to go on from
 
 
+def test_square_goes_on_inside_a_batch(trained, digits, tmp_path, quick, monkeypatch):
+    x, y = of_test(digits, 60)
+    for spec in (STANDARD, AutoAttack(eps=0.4, norm="l2", version="standard")):
+        whole = Evaluation(trained[0], x, y, spec, batch_size=30).run()
+        e = Evaluation(trained[0], x, y, spec, batch_size=30, folder=tmp_path)
+        e.run(upto=len(e.rounds) - 1)
+        with monkeypatch.context() as patch:
+            now, stops = iter(range(10**6)), 0
+            patch.setattr(aa.time, "monotonic", now.__next__)
+            while not e.finished.all():
+                e = Evaluation(trained[0], x, y, spec, batch_size=30, folder=tmp_path, deadline=next(now) + 40)
+                try:
+                    e.run()
+                except TimeUp:
+                    stops += 1
+        assert stops >= 4  # 100 queries for each of two batches, 40 at a time
+        for name in ("prediction", "broken_by", "passed"):
+            assert torch.equal(getattr(e, name), getattr(whole, name))
+        assert not e.kept
+
+
+class Scaled(torch.nn.Module):
+    """The same weights may compute something else."""
+
+    def __init__(self, net, by):
+        super().__init__()
+        self.net, self.by = net, by
+
+    def forward(self, x):
+        return self.net(self.by * x)
+
+
+def test_what_was_kept_is_of_what_the_model_computes(trained, digits, tmp_path):
+    x, y = of_test(digits, 40)
+    for by, passed in ((0.9, False), (1.0, False), (1.0, True)):
+        e = Evaluation(Scaled(trained[0], by), x, y, STANDARD, folder=tmp_path)
+        assert bool(e.passed.any()) is passed
+        e.run(upto=1)
+
+
+def test_classes_take_turns_so_that_a_part_is_fair(digits, trained):
+    labels = torch.arange(4).repeat_interleave(torch.tensor([9, 9, 9, 3]))
+    order = aa.interleaved(labels, 0)
+    assert sorted(order.tolist()) == list(range(30))
+    assert torch.bincount(labels[order[:12]]).tolist() == [3, 3, 3, 3]
+    assert torch.bincount(labels[order[12:21]]).tolist() == [3, 3, 3]
+    x, y = of_test(digits, 200)
+    sort = y.argsort()
+    e = Evaluation(trained[0], x[sort], y[sort], STANDARD, batch_size=50)
+    _, batch = next(e._pending(aa.interleaved(e.labels, 0), 1))
+    assert torch.bincount(e.labels[batch], minlength=10).min() >= 3
+
+
+@pytest.mark.parametrize("size", [(10, 8), (8, 10), (3, 9), (1, 4)])
+def test_square_takes_images_that_are_no_squares(linear, size):
+    h, w = size
+    model = linear(h * w, 3)
+    x = torch.rand(20, 1, h, w, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = model(x).argmax(1)
+    for norm, eps in (("linf", 0.2), ("l2", 0.5)):
+        batch = aa.Batch(model, x, y, None, eps, norm, torch.Generator().manual_seed(0), lambda *_: None)
+        found = aa.square(batch, 60)
+        assert (aa._length(found - x, norm) <= eps + 1e-9).all()
+        assert 0 <= found.min() <= found.max() <= 1
+        assert (model(found).argmax(1) != y).any()
+
+
+class Gamma(torch.nn.Module):
+    """The square root of the pixels first: at black ones its gradient is infinite."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x.sqrt())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_infinite_gradients_do_not_stop_an_attack(trained, digits, norm):
+    x, y = of_test(digits, 100)
+    model = Gamma(trained[1])
+    clean = model(x).argmax(1) == y
+    eps = 0.1 if norm == "linf" else 0.8
+    adv = pgd(model, x, y, eps, eps / 8, 20, norm)
+    assert adv.isfinite().all()
+    assert (model(adv).argmax(1) == y).sum() < 0.8 * clean.sum()
+    e = Evaluation(model, x, y, AutoAttack(eps=eps, norm=norm, version="fast")).run()
+    assert (e.broken_by < 0).sum() < 0.6 * clean.sum()
+
+
 def test_a_deadline_is_kept_inside_a_batch_and_what_is_known_stays(trained, digits, monkeypatch):
     x, y = of_test(digits, 40)
     now = iter(range(10**6))

@@ -164,9 +164,18 @@ def test_sizes_are_unified_only_when_asked(tmp_path):
 def test_one_folder_is_split_here_and_grey_stays_grey(tmp_path):
     write_folder(tmp_path / "x", parts=(".",), classes=("2", "10", "1"), n=10, mode="L")
     got = load(f"imagefolder:{tmp_path / 'x'}", split_seed=1)
-    assert got.class_names == ("1", "2", "10")
+    assert got.class_names == ("1", "10", "2")  # as torchvision's ImageFolder has them
+    assert got.cut
+    assert got.whole.counts.tolist() == [10, 10, 10]
     assert got.train.images.shape == (24, 1, 12, 12)
     assert got.test.counts.tolist() == [2, 2, 2]
+
+
+def test_16_bits_a_pixel_are_refused(tmp_path):
+    write_folder(tmp_path / "x")
+    Image.fromarray(np.full((12, 12), 40_000, np.uint16)).save(tmp_path / "x/train/cat/0.png")
+    with pytest.raises(ValueError, match="8 bits a channel"):
+        load(f"imagefolder:{tmp_path / 'x'}")
 
 
 def test_truncated_cache_is_refused_and_a_new_one_can_be_made(tmp_path):

@@ -2,6 +2,7 @@ import copy
 import functools
 import os
 import platform
+import signal
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from cfol_nb.methods import METHODS
 from cfol_nb.models import build
 from cfol_nb.objectives import OBJECTIVES, TemporalEnsemble
 from cfol_nb.stats import accuracies
-from cfol_nb.train import train
+from cfol_nb.train import Stopped, train
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_what_cannot_be_had_is_replaced_with_a_warning(tiny, images, monkeypatch
         model.forward = call
         return model
 
-    monkeypatch.setattr(engine.torch, "compile", lambda model: broken(copy.deepcopy(model)))
+    monkeypatch.setattr(engine.torch, "compile", lambda model, **_: broken(copy.deepcopy(model)))
     with pytest.warns(UserWarning, match="computed eagerly: no C\\+\\+ compiler here"):
         fallen = train(tiny(engine="compile"), *images)
     eager = train(tiny(engine="eager"), *images)
@@ -221,6 +222,24 @@ def test_graph_replays_draw_fresh_noise_and_the_same_seed_repeats(tiny, images):
     )
     assert all(torch.equal(v, b.weights["last"][k]) for k, v in a.weights["last"].items())
     assert not all(torch.equal(v, c.weights["last"][k]) for k, v in a.weights["last"].items())
+
+
+@cuda
+@pytest.mark.parametrize("method", ["cfol", "fol"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_stopped_run_on_a_device_goes_on_to_the_same_bytes(tiny, images, tmp_path, method, optimizer):
+    config = tiny(engine="graph", device="cuda", dtype="bfloat16", method=method, optimizer=optimizer, epochs=4)
+    whole, path = train(config, *images), tmp_path / "c.safetensors"
+
+    def stop(done, total):
+        if done == total // 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(config, *images, checkpoint=path, progress=stop)
+    again = train(config, *images, checkpoint=path)
+    assert all(torch.equal(v, again.weights["last"][k]) for k, v in whole.weights["last"].items())
+    assert again.history == whole.history
 
 
 @cuda

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import binom, norm
+from scipy.stats import beta, binom, norm
 
 from cfol_nb import plots, stats
 from cfol_nb.evaluate import Outcomes, evaluate
@@ -337,6 +337,16 @@ def test_lift_compares_one_class_between_runs_with_other_classes():
     assert 2 * 1.0 * spread < got["high"] - got["low"] < 2 * 4 * spread
     with pytest.raises(ValueError, match="80 images before and 40 after"):
         stats.lift([random_outcomes(0, (0.3, 0.9, 0.5), n=40)], before, "c2")
+
+
+def test_nothing_that_changed_is_no_certainty():
+    never = [outcomes(np.repeat([0, 1], 60), np.repeat([0, 1], 60))]
+    for name in ("c0", "c1"):
+        got = stats.lift(never, never, name)
+        assert got["difference"] == 0
+        # Beta(1/2, 60) is what half an image of 61 may weigh
+        assert 0.8 * beta.ppf(0.95, 0.5, 60.5) < got["high"] < beta.ppf(0.99, 0.5, 60.5)
+        assert -beta.ppf(0.99, 0.5, 60.5) < got["low"] < -0.8 * beta.ppf(0.95, 0.5, 60.5)
 
 
 def test_figures_of_the_discrepancy_study_show_what_they_were_given():

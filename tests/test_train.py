@@ -205,6 +205,27 @@ def test_layers_that_draw_are_repeatable_too_and_the_global_generator_is_left_al
         models.MODELS.pop("test-dropout")
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_run_that_goes_on_has_its_optimiser_in_the_layout_of_the_weights(
+    tiny, images, tmp_path, optimizer, monkeypatch
+):
+    """CUDA's fused kernels refuse anything else."""
+    config, path, seen = tiny(dtype="float32", optimizer=optimizer), tmp_path / "c.safetensors", []
+
+    def stop(done, total):
+        if done == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(config, *images, checkpoint=path, progress=stop)
+    original = train_module._optimizer
+    monkeypatch.setattr(train_module, "_optimizer", lambda *a: seen.append(original(*a)) or seen[0])
+    train(config, *images, checkpoint=path)
+    kept = [(p, v) for p, s in seen[0].state.items() for v in s.values() if v is not None and v.ndim == 4]
+    assert any(not p.is_contiguous() for p, _ in kept)
+    assert all(v.stride() == p.stride() for p, v in kept)
+
+
 def test_checkpoints_can_be_switched_off(tiny, images, tmp_path):
     train(tiny(), *images, checkpoint=tmp_path / "c.safetensors", checkpoint_every=0)
     assert not (tmp_path / "c.safetensors").exists()
@@ -274,11 +295,12 @@ def test_bad_settings_are_refused_before_work(tiny, images, given, says):
 @pytest.mark.parametrize(
     ("x", "y", "says"),
     [
-        (torch.rand(4, 1, 8, 8) * 255, torch.zeros(4), r"\[0, 1\]"),
+        (torch.rand(4, 1, 8, 8) * 255, torch.zeros(4, dtype=torch.int64), r"\[0, 1\]"),
         (torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 10]), "10 outputs"),
         (torch.rand(4, 1, 8, 8), torch.tensor([0, -1, 2, 3]), "from -1"),
-        (torch.rand(4, 1, 8, 8), torch.zeros(3), "4 images and 3"),
-        (torch.rand(0, 1, 8, 8), torch.zeros(0), "at least one"),
+        (torch.rand(4, 1, 8, 8), torch.zeros(3, dtype=torch.int64), "4 images and 3"),
+        (torch.rand(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64), "at least one"),
+        (torch.rand(4, 1, 8, 8), torch.zeros(4), "one integer per image"),
     ],
 )
 def test_evaluate_refuses_bad_input(tiny, images, x, y, says):

@@ -52,6 +52,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def repeating(tf32: bool = False) -> contextlib.AbstractContextManager:
+    """cuDNN with algorithms that repeat themselves, and by default in true float32."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32)
+
+
 def check_images(x: Tensor) -> None:
     """Raises ValueError unless x is floating point, finite and inside [0, 1]."""
     if not x.is_floating_point():
@@ -65,6 +70,14 @@ def as_float(images: Tensor, dtype: torch.dtype, device) -> Tensor:
     """uint8 images divided by 255, floating ones as they are, on the device in the given type."""
     x = images.to(device)
     return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype)
+
+
+def as_labels(labels) -> Tensor:
+    """(N,) int64 on the CPU. Raises ValueError for anything but integers."""
+    labels = torch.as_tensor(labels).cpu()
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.ndim != 1:
+        raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}: one integer per image is needed")
+    return labels.long()
 
 
 def predict(
@@ -82,8 +95,7 @@ def predict(
         )
     if images.dtype != torch.uint8:
         check_images(images)
-    if labels.is_floating_point() or labels.ndim != 1:
-        raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}: one integer per image is needed")
+    labels = as_labels(labels)
     tensor = next(model.parameters(), torch.empty(0))
     if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32:
         raise ValueError(
@@ -151,6 +163,12 @@ def _like(value, x: Tensor) -> Tensor | float:
 
 def _norm(d: Tensor) -> Tensor:
     return torch.linalg.vector_norm(d, dim=tuple(range(1, d.ndim)), keepdim=True)
+
+
+def bounded(gradient: Tensor, norm: str) -> Tensor:
+    """Without what is no number, which would take every pixel along; infinite ones keep their sign for "linf" alone."""
+    sign = float(norm == "linf")
+    return torch.nan_to_num(gradient, 0.0, sign, -sign)
 
 
 def project(a: Tensor, x: Tensor, eps, norm: str) -> Tensor:
@@ -245,7 +263,8 @@ def pgd(
                 a = a.detach().requires_grad_()
                 z = model(a)
                 value = sign * loss_of(z, y)
-                (grad,) = torch.autograd.grad(value.sum(), a)  # a sum: the sign must not depend on the batch size
+                # of a sum: the sign must not depend on the batch size
+                grad = bounded(*torch.autograd.grad(value.sum(), a), norm)
                 if retire:
                     wrong = z.detach().argmax(1) != y
                     first = wrong if done is None else wrong & ~done

@@ -16,14 +16,15 @@ import pandas as pd
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from cfol_nb import plots, stats
-from cfol_nb.attacks import LOSSES, as_float, evaluating, margin, pgd, predict
-from cfol_nb.autoattack import Evaluation, TimeUp, find_worst
+from cfol_nb.attacks import LOSSES, as_float, as_labels, evaluating, margin, pgd, predict
+from cfol_nb.autoattack import Evaluation, TimeUp, find_worst, interleaved
 from cfol_nb.config import Attack, AutoAttack, choose
 from cfol_nb.evaluate import Outcomes, evaluate
-from cfol_nb.files import bar
+from cfol_nb.files import bar, read_tensors, runs_dir, write_tensors
 from cfol_nb.models import Normalize, build
 from cfol_nb.runs import Run
 
@@ -97,8 +98,9 @@ def checklist(
             "the outputs are logits, not probabilities", not sums, "sums of 1" if sums else f"spread {scale.item():.2g}"
         )
         keep = z.argmax(1) == y
-        share = keep.double().mean().item()
-        say("clean accuracy is above chance", share > 1.5 / k, f"{100 * share:.0f} % of {len(x)} images, {k} classes")
+        chance = binomtest(int(keep.sum()), len(x), 1 / k, "greater").pvalue
+        share = f"{100 * keep.double().mean().item():.0f} % of {len(x)} images, {k} classes"
+        say("clean accuracy is above chance", chance < 0.01, share)
         if not keep.any():
             return pd.DataFrame(rows, columns=["check", "verdict", "seen"])
         x, y, z = x[keep], y[keep], z[keep]
@@ -112,8 +114,11 @@ def checklist(
         def none(g: Tensor) -> float:
             return (g == 0).all(1).double().mean().item()
 
-        zero, gone = none(gradient(lambda z: margin(z, y))), none(gradient(lambda z: LOSSES["ce"](z, y, None)))
+        of_margin, of_ce = gradient(lambda z: margin(z, y)), gradient(lambda z: LOSSES["ce"](z, y, None))
+        zero, gone = none(of_margin), none(of_ce)
+        odd = (~(of_margin.isfinite() & of_ce.isfinite())).any(1).double().mean().item()
         flat = gradient(lambda z: z[:, 0] - z.mean(1))
+        say("gradients are finite", odd == 0, f"infinite or no number for {100 * odd:.0f} % of images")
         say("gradients of the margin are not zero", zero == 0, f"zero for {100 * zero:.0f} % of images")
         say(
             "gradients of the cross-entropy are not zero",
@@ -185,15 +190,23 @@ def load_model(source: str, weights: Path | None, num_classes: int, channels: in
         folder, _, which = rest.partition(":")
         if weights:
             raise ValueError("a run has its own weights: leave out the weights file")
-        return Run.load(Path(folder)).model(which or "last")
+        known = runs_dir() / "store" / folder
+        return Run.load(known if known.exists() else Path(folder)).model(which or "last")
     elif source.rpartition(":")[0].endswith(".py"):
         path, _, function = source.rpartition(":")
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path}")
-        found = runpy.run_path(path)
-        if not callable(found.get(function)):
-            raise ValueError(f"{path} defines no function {function!r}")
-        module = model = found[function]()
+        try:
+            found = runpy.run_path(path)
+            if not callable(found.get(function)):
+                raise ValueError(f"{path} defines no function {function!r}")
+            module = model = found[function]()
+        except (Exception, SystemExit) as error:  # whatever the user's code does
+            raise (
+                error
+                if isinstance(error, ValueError)
+                else ValueError(f"{source} cannot be called without arguments: {type(error).__name__}: {error}")
+            ) from error
         if not isinstance(model, nn.Module):
             raise ValueError(f"{source} returns a {type(model).__name__}: a torch.nn.Module is needed")
     else:
@@ -238,20 +251,22 @@ class Audit:
     checks: pd.DataFrame
     gallery: tuple[Tensor, Tensor, np.ndarray, np.ndarray]  # that fall first: clean, adversarial, index, prediction
     first: np.ndarray  # (N,) smallest radius of the sweep at which an image fell; inf if none
-    unfinished: np.ndarray  # (K,) images per class that AutoAttack did not come to an end with
+    unfinished: np.ndarray  # (K,) images per class that AutoAttack did not come to an end with: accuracies are bounds
     note: str
     seconds: float
 
     def table(self) -> pd.DataFrame:
-        """One row per class, weakest first: n, clean, pgd20, autoattack, low, high, chance to be the weakest."""
+        """One row per class, weakest first: n, clean, pgd20, autoattack, low, high, chance to be the weakest (or, where
+        AutoAttack did not come to an end, how many images of the class are unfinished)."""
         t = stats.class_table(self.outcomes)
         out = pd.DataFrame({"class": t["class"], "n": t["n"]})
         for name in ("clean", "pgd20"):
             out[name] = stats.accuracies(self.outcomes, name)
         out["autoattack"], out["low"], out["high"] = t["accuracy"], t["low"], t["high"]
-        out["weakest"] = stats.chance_weakest(self.outcomes).to_numpy()
         if self.unfinished.any():
             out["unfinished"] = self.unfinished
+        else:
+            out["weakest"] = stats.chance_weakest(self.outcomes).to_numpy()
         return out.sort_values("autoattack", kind="stable").reset_index(drop=True)
 
     def broken_by(self) -> pd.DataFrame:
@@ -284,19 +299,23 @@ class Audit:
     def verdict(self) -> str:
         """The answer in a few sentences."""
         worst, s = self.table().iloc[0], stats.summary(self.outcomes)
-        spec = self.outcomes.attacks["autoattack"]
+        spec, at_most = self.outcomes.attacks["autoattack"], "at most " * bool(self.unfinished.any())
 
         def cell(value: float, low: float, high: float) -> str:
             return f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
         mean, least = s.loc["mean"], s.loc["worst"]
         text = (
-            f"The weakest class is {worst['class']}: {cell(worst['autoattack'], worst['low'], worst['high'])} of its "
-            f"{worst['n']} images withstand AutoAttack ({spec['version']}, {NORMS[spec['norm']]} {spec['eps']:.4g}), "
-            f"against {cell(mean['value'], mean['low'], mean['high'])} on average over the classes. It is truly the "
-            f"weakest with probability {worst['weakest']:.2f}; the accuracy of whichever class truly is lies in "
-            f"[{100 * least['low']:.1f}, {100 * least['high']:.1f}] %."
+            f"The weakest class is {worst['class']}: {at_most * bool(worst.get('unfinished', 0))}"
+            f"{cell(worst['autoattack'], worst['low'], worst['high'])} of its {worst['n']} images withstand AutoAttack "
+            f"({spec['version']}, {NORMS[spec['norm']]} {spec['eps']:.4g}), against {at_most}"
+            f"{cell(mean['value'], mean['low'], mean['high'])} on average over the classes."
         )
+        if not at_most:
+            text += (
+                f" It is truly the weakest with probability {worst['weakest']:.2f}; the accuracy of whichever class "
+                f"truly is lies in [{100 * least['low']:.1f}, {100 * least['high']:.1f}] %."
+            )
         under_pgd = stats.weakest(self.outcomes, "pgd20")
         if under_pgd != worst["class"]:
             text += f" Under PGD-20 another class, {under_pgd}, looks weakest."
@@ -323,17 +342,18 @@ class Audit:
         confused = self.confused()
         confused["share"] = [percent(100 * v) for v in confused["share"]]
         names, pictures = self.outcomes.class_names, []
-        for title, figure in (
-            ("Accuracy of each class", plots.class_accuracies({"all classes": self.outcomes})),
-            ("How accuracy falls with the radius", plots.radii(self.radii, str(self.table()["class"][0]))),
-            ("What the attack turns a class into", plots.confusion(stats.confusion(self.outcomes), names)),
-            ("The images that fall first", self.first_to_fall()),
-        ):
-            data = io.BytesIO()
-            figure.savefig(data, format="png", dpi=110)
-            plots.plt.close(figure)
-            code = base64.b64encode(data.getvalue()).decode()
-            pictures.append(f'<h2>{html.escape(title)}</h2><img alt="{title}" src="data:image/png;base64,{code}">')
+        with plots.plt.rc_context({"text.parse_math": False}):  # a class may be called $x$
+            for title, figure in (
+                ("Accuracy of each class", plots.class_accuracies({"all classes": self.outcomes})),
+                ("How accuracy falls with the radius", plots.radii(self.radii, str(self.table()["class"][0]))),
+                ("What the attack turns a class into", plots.confusion(stats.confusion(self.outcomes), names)),
+                ("The images that fall first", self.first_to_fall()),
+            ):
+                data = io.BytesIO()
+                figure.savefig(data, format="png", dpi=110)
+                plots.plt.close(figure)
+                code = base64.b64encode(data.getvalue()).decode()
+                pictures.append(f'<h2>{html.escape(title)}</h2><img alt="{title}" src="data:image/png;base64,{code}">')
 
         def part(title: str, frame: pd.DataFrame, index: bool = False) -> str:
             return f"<h2>{title}</h2>" + frame.to_html(index=index, border=0, classes="t")
@@ -364,15 +384,17 @@ class Audit:
         return path
 
 
-def _checked(model: nn.Module, images: Tensor, labels: Tensor, class_names: Sequence[str] | None) -> tuple[str, ...]:
-    """Class names, after everything that can be refused without an attack."""
+def _checked(
+    model: nn.Module, images: Tensor, labels: Tensor, class_names: Sequence[str] | None, batch_size: int
+) -> tuple[tuple[str, ...], Tensor]:
+    """Class names and clean predictions, after everything that can be refused without an attack."""
     if images.ndim != 4:
         raise ValueError(f"images of shape {tuple(images.shape)}: (images, channels, height, width) is needed")
     try:
-        _, k = predict(model, images, labels, class_names=class_names)
-    except (RuntimeError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+        clean, k = predict(model, images, labels, class_names=class_names, batch_size=batch_size)
+    except (ValueError, FloatingPointError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the model's code does
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"the model does not take images of shape {tuple(images.shape[1:])}: {reason}") from error
     if k < 2:
@@ -386,34 +408,23 @@ def _checked(model: nn.Module, images: Tensor, labels: Tensor, class_names: Sequ
             f"{len(missing)} of the model's {k} classes have no images (for example {missing[0]!r}): "
             "their robustness, and so the worst, cannot be known"
         )
-    return names
+    return names, clean
 
 
-def _sweep(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    eps: float,
-    norm: str,
-    batch_size: int,
-    tick: Callable[[int], None],
-) -> np.ndarray:
-    """(N,) smallest radius of the sweep at which PGD-20 breaks an image, 0 if it is wrong as it is, inf if at none."""
+def _sweep(model: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: str) -> Tensor:
+    """(n,) smallest radius of the sweep at which PGD-20 breaks an image, 0 if it is wrong as it is, inf if at none."""
     tensor = next(model.parameters(), torch.empty(0))
-    first = torch.full((len(labels),), torch.inf)
+    x, y = as_float(images, tensor.dtype, tensor.device), labels.to(tensor.device)
+    first, rows = torch.full((len(labels),), torch.inf), torch.arange(len(labels))
     with evaluating(model), torch.no_grad():
-        for i in range(0, len(labels), batch_size):
-            rows = torch.arange(i, min(i + batch_size, len(labels)))
-            x, y = as_float(images[rows], tensor.dtype, tensor.device), labels[rows].to(tensor.device)
-            for r in (0.0, *(f * eps for f in FACTORS)):
-                points = x if r == 0 else _pgd(model, x, y, r, norm, 20, retire=True)
-                fell = model(points).argmax(1) != y
-                first[rows[fell.cpu()]] = r
-                rows, x, y = rows[~fell.cpu()], x[~fell], y[~fell]
-                if not len(rows):
-                    break
-            tick(min(batch_size, len(labels) - i))
-    return first.numpy()
+        for r in (0.0, *(f * eps for f in FACTORS)):
+            points = x if r == 0 else _pgd(model, x, y, r, norm, 20, retire=True)
+            fell = model(points).argmax(1) != y
+            first[rows[fell.cpu()]] = r
+            rows, x, y = rows[~fell.cpu()], x[~fell], y[~fell]
+            if not len(rows):
+                break
+    return first
 
 
 def audit(
@@ -444,39 +455,22 @@ def audit(
     worst, until one is left at 95 % confidence; the others are then attacked in part, and the outcome says so.
     minutes: a limit; what AutoAttack did not come to is reported as unfinished, its accuracy being an upper bound; of
     these images those that PGD-20 broke count as broken.
-    folder: where AutoAttack's state is kept, from which the same audit goes on when it was stopped.
+    folder: where what was found is kept after every batch, from which the same audit goes on when it was stopped.
     surrogate: see `checklist`. compiled: attack a compiled copy of the model (half a minute, pays in long audits).
     show: images in the gallery.
     Everything that can be refused is refused before the first attack: ValueError, FloatingPointError.
     """
-    start, labels = time.monotonic(), torch.as_tensor(labels).cpu().long()
-    deadline = start + 60 * minutes if minutes else float("inf")
+    start, labels = time.monotonic(), as_labels(labels)
+    deadline = float("inf") if minutes is None else start + 60 * minutes
     spec = AutoAttack(eps=eps, norm=norm, version=version)
-    names = _checked(model, images, labels, class_names)
+    names, clean = _checked(model, images, labels, class_names, batch_size)
+    each_pass = (time.monotonic() - start) / len(labels)
     pgd20 = Attack(eps=eps, step=max(eps / 8, 1e-12), steps=20, norm=norm)
     with bar(100, "audit") as progress:
 
         def upto(share: float) -> None:
             progress.update(100 * share - progress.n)
 
-        done = 0
-
-        def count(n: int) -> None:
-            nonlocal done
-            done += n
-            upto(0.05 * done / len(labels))
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"minutes={minutes:g} are over before AutoAttack began: give more time or fewer images"
-                )
-
-        outcomes = evaluate(
-            model, images, labels, {"pgd20": pgd20}, class_names=names, batch_size=batch_size, seed=seed, progress=count
-        )
-        first = _sweep(model, images, labels, eps, norm, batch_size, count)
-        some = _some(labels, 200, seed)
-        checks = checklist(model, images[some], labels[some], eps, norm, surrogate=surrogate)
-        note = ""
         e = Evaluation(
             model,
             images,
@@ -489,9 +483,40 @@ def audit(
             progress=lambda share: upto(0.1 + 0.9 * share),
             deadline=deadline,
         )
+        state, done = folder and Path(folder) / f"pgd-{e.identity}.safetensors", 0
+        if state and state.exists():
+            before, _ = read_tensors(state)
+            predicted, first = before["pgd20"], before["first"]
+            done = int((predicted >= 0).sum())
+        else:
+            predicted, first = torch.full_like(labels, -1), torch.empty(len(labels))
+        for i in range(done, len(labels), batch_size):
+            rows = slice(i, i + batch_size)
+            x, y = images[rows], labels[rows]
+            found = evaluate(model, x, y, {"pgd20": pgd20}, batch_size=batch_size, seed=seed)
+            predicted[rows] = torch.from_numpy(found.predictions["pgd20"])
+            first[rows] = _sweep(model, x, y, eps, norm)
+            if state:
+                write_tensors(state, {"pgd20": predicted, "first": first})
+            upto(0.1 * min(i + batch_size, len(labels)) / len(labels))
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"minutes={minutes:g} are over before AutoAttack began: give more time or fewer images"
+                    + "; what was done is kept" * bool(state)
+                )
+        outcomes = Outcomes(labels.numpy(), {"clean": clean.numpy()}, names, {})
+        outcomes.add("pgd20", predicted.numpy(), pgd20.model_dump())
+        first = first.numpy()
+        # the checks take some 350 passes of an image: a fifth of the time that is left, at most
+        many = min(200, batch_size, max(20.0, (deadline - time.monotonic()) / 5 / (350 * each_pass)))
+        some = interleaved(labels, seed)[: int(many)]
+        checks = checklist(model, images[some], labels[some], eps, norm, surrogate=surrogate)
+        note = ""
         try:
             if worst_only:
                 verdict = find_worst(e)
+                if verdict.decided:  # so that its accuracy is no bound
+                    e.run((labels == verdict.classes[0]).nonzero().squeeze(1))
                 left = ", ".join(names[c] for c in verdict.classes)
                 note = (
                     f"Of these images {left} is the worst class, at 95 % confidence"
@@ -506,13 +531,14 @@ def audit(
     if unfinished.any():
         note += f" {unfinished.sum()} images are not fully attacked: the accuracies of their classes are upper bounds."
     outcomes.add_autoattack("autoattack", e)
+    if not unfinished.any():
+        checks = pd.concat([checks, black_box_check(outcomes)], ignore_index=True)
     fell = ~e.finished.numpy() & outcomes.correct("autoattack") & ~outcomes.correct("pgd20")
     outcomes.predictions["autoattack"][fell] = outcomes.predictions["pgd20"][fell]  # known to be broken
     levels = [0.0, *(f * eps for f in FACTORS)]
     k = len(names)
     n = np.bincount(outcomes.labels, minlength=k)
     falls = [np.bincount(outcomes.labels[first > r], minlength=k) / n for r in levels]
-    checks = pd.concat([checks, black_box_check(outcomes)], ignore_index=True)
     return Audit(
         name,
         outcomes,
@@ -524,16 +550,6 @@ def audit(
         note.strip(),
         time.monotonic() - start,
     )
-
-
-def _some(labels: Tensor, n: int, seed: int) -> Tensor:
-    """Indices of about n images, classes alike."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    rank = torch.zeros_like(labels)
-    for c in labels.unique():
-        of_class = order[labels[order] == c]
-        rank[of_class] = torch.arange(len(of_class))
-    return order[rank[order].argsort(stable=True)][:n]
 
 
 def _gallery(

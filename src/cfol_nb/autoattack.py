@@ -14,7 +14,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,13 +23,28 @@ import torch
 from scipy.stats import hypergeom
 from torch import Tensor, nn
 
-from cfol_nb.attacks import LOSSES, _norm, as_float, check_images, evaluating, margin, predict, project
+from cfol_nb.attacks import (
+    LOSSES,
+    _norm,
+    as_float,
+    as_labels,
+    bounded,
+    check_images,
+    evaluating,
+    margin,
+    predict,
+    project,
+    repeating,
+)
 from cfol_nb.config import AutoAttack, choose
-from cfol_nb.files import read_tensors, write_tensors
+from cfol_nb.files import code_hash, read_tensors, write_tensors
 
 ITERATIONS, QUERIES = 100, 5000  # of APGD and FAB, and of Square: the standard version
 # attack: its iterations, and what one costs in forward passes (a gradient counts as one)
 COST = {"apgd-ce": (ITERATIONS + 1, 2), "apgd-t": (ITERATIONS + 1, 2), "fab-t": (ITERATIONS, 3), "square": (QUERIES, 1)}
+
+
+PROGRESS = ("prediction", "broken_by", "passed")  # of an evaluation, one number per image
 
 
 class TimeUp(Exception):
@@ -47,7 +62,10 @@ class Batch:
     eps: float
     norm: str
     generator: torch.Generator
-    tick: Callable[[], None]  # called in every iteration; may raise TimeUp
+    tick: Callable[..., None]  # called in every iteration, with a function that makes `kept`; may raise TimeUp
+    kept: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # where it was stopped, by an attack that can go on from there
 
     def __post_init__(self):
         self.found = self.x.clone()  # misclassified points, from the moment they are met
@@ -149,7 +167,7 @@ def apgd(batch: Batch, loss: Callable[[Tensor, Tensor, Tensor], Tensor], iterati
         with torch.enable_grad():
             z = batch.model(a)
             value = loss(z, r.y, r.t)
-            (grad,) = torch.autograd.grad(value.sum(), a)
+            grad = bounded(*torch.autograd.grad(value.sum(), a), norm)
         return value.detach(), grad, z.detach().argmax(1) != r.y
 
     r.value, r.grad, wrong = look()
@@ -228,7 +246,7 @@ def fab(batch: Batch, iterations: int = ITERATIONS) -> Tensor:
         with torch.enable_grad():
             z = batch.model(a)
             f = (z.gather(1, r.t.unsqueeze(1)) - z.gather(1, r.y.unsqueeze(1))).squeeze(1)
-            (w,) = torch.autograd.grad(f.sum(), a)
+            w = bounded(*torch.autograd.grad(f.sum(), a), norm)
         a, f = a.detach(), f.detach()
         both = to_plane(
             torch.cat([a, r.x]), torch.cat([w, w]), torch.cat([f, f + (w * (r.x - a)).sum((1, 2, 3))]), norm
@@ -284,19 +302,33 @@ def square(batch: Batch, queries: int = QUERIES) -> Tensor:
         r.low, r.high = (x - eps).clamp_(0, 1), (x + eps).clamp_(0, 1)
         r.a = torch.clamp(x + eps * signs(n, c, 1, w), r.low, r.high)
     else:
-        tile = max(h // 5, 1)
+        tile = max(min(h, w) // 5, 1)
         start = torch.zeros_like(x)
-        for top in range((h - 5 * tile) // 2 if h >= 5 else 0, h - tile + 1, tile):
-            for left in range((w - 5 * tile) // 2 if w >= 5 else 0, w - tile + 1, tile):
+        for top in range(h % tile // 2, h - tile + 1, tile):
+            for left in range(w % tile // 2, w - tile + 1, tile):
                 start[:, :, top : top + tile, left : left + tile] = _eta(tile, False).to(x) * signs(n, c, 1, 1)
         r.a = (x + eps * start / _norm(start)).clamp(0, 1)
     # the host draws the windows beforehand: nothing waits for the device
     places = torch.rand(queries, 5, generator=torch.Generator().manual_seed(g.initial_seed())).tolist()
-    r.value = margin(batch.model(r.a), r.y)
-    if r.retire(r.value > 0, r.a, found, 1, 0):
-        return found
-    for i in range(queries):
-        batch.tick()
+    if batch.kept:
+        g.set_state(batch.kept["generator"].cpu())
+        rows = batch.kept["row"]
+        for name, value in vars(r).items():
+            if value is not None:
+                setattr(r, name, batch.kept[name] if name in batch.kept else value[rows])
+        r.value = batch.kept["value"]
+        found.copy_(batch.kept["found"])
+    else:
+        r.value = margin(batch.model(r.a), r.y)
+        if r.retire(r.value > 0, r.a, found, 1, 0):
+            return found
+
+    def state() -> dict[str, Tensor]:
+        rows = {name: getattr(r, name) for name in ("row", "a", "value", "done")}
+        return {**rows, "found": found, "generator": g.get_state(), "query": torch.tensor(i)}
+
+    for i in range(int(batch.kept.get("query", 0)), queries):
+        batch.tick(state)
         s = _side(i, h, w, 1 if norm == "linf" else 3)
         u = places[i]
         top, left = (int(u[j] * (size - s + 1)) for j, size in ((0, h), (1, w)))
@@ -386,12 +418,22 @@ def _layout(model: nn.Module, x: Tensor, logits: Tensor) -> torch.memory_format:
     return torch.channels_last if same else torch.contiguous_format
 
 
+def interleaved(labels: Tensor, seed: int) -> Tensor:
+    """(N,) order in which classes take turns, so that a part of it holds as many images of each; random within them."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    rank = torch.zeros_like(labels)
+    for c in labels.unique():
+        of_class = order[labels[order] == c]
+        rank[of_class] = torch.arange(len(of_class))
+    return order[rank[order].argsort(stable=True)]
+
+
 class Evaluation:
     """AutoAttack on a data set, round by round and batch by batch.
 
     prediction: (N,) int64, at the adversarial point of a broken image, else the clean one.
     broken_by: (N,) int8; 0: wrong without an attack, i: broken by the i-th of `attacks`, -1: not broken.
-    passed: (N,) int64 rounds that an image took. seconds: spent so far.
+    passed: (N,) int64 rounds that an image took. kept: where a batch of Square stopped. seconds: spent so far.
     """
 
     def __init__(
@@ -422,11 +464,13 @@ class Evaluation:
         self.prediction, self.num_classes = predict(model, images, labels, batch_size=batch_size)
         self.broken_by = torch.full_like(labels, -1, dtype=torch.int8)
         self.broken_by[self.prediction != labels] = 0
-        self.passed, self.seconds = torch.zeros_like(labels), 0.0
+        self.passed, self.seconds, self.kept = torch.zeros_like(labels), 0.0, {}
         self.layout = torch.contiguous_format
         with evaluating(model), torch.no_grad():
             x = self._images(slice(0, batch_size))
-            self.layout = _layout(model, x, model(x))
+            logits = model(x)
+            self.layout = _layout(model, x, logits)
+        self.logits, self.written = logits.cpu(), -math.inf
         self.net = model
         if compiled:
             frozen = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=self.layout)
@@ -436,8 +480,9 @@ class Evaluation:
         self.state = folder and Path(folder) / f"autoattack-{self.identity}.safetensors"
         if self.state and self.state.exists():
             tensors, meta = read_tensors(self.state)
-            self.prediction, self.broken_by, self.passed = (tensors[k] for k in ("prediction", "broken_by", "passed"))
-            self.seconds = meta["seconds"]
+            if torch.allclose(tensors.pop("logits"), self.logits, rtol=1e-3, atol=1e-3):  # not what the model now says
+                self.prediction, self.broken_by, self.passed = (tensors.pop(k) for k in PROGRESS)
+                self.kept, self.seconds = tensors, meta["seconds"]
 
     def _images(self, index) -> Tensor:
         x = as_float(self.images[index], self.tensor.dtype, self.tensor.device)
@@ -446,7 +491,7 @@ class Evaluation:
     @functools.cached_property
     def identity(self) -> str:
         """16 hexadecimal digits of the weights, the images, the labels and the settings."""
-        h = hashlib.sha256(f"{self.spec.model_dump_json()} {self.batch_size} {self.seed}".encode())
+        h = hashlib.sha256(f"{self.spec.model_dump_json()} {self.batch_size} {self.seed} {code_hash()}".encode())
         for t in (*self.model.state_dict().values(), self.images, self.labels):
             h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return h.hexdigest()[:16]
@@ -458,21 +503,27 @@ class Evaluation:
 
     def run(self, index: Tensor | None = None, upto: int | None = None) -> Evaluation:
         """Attack these images (all) with the rounds before `upto` (all). Raises TimeUp at the deadline."""
-        index = torch.arange(len(self.labels)) if index is None else index
-        with evaluating(self.model), torch.no_grad():
+        index = interleaved(self.labels, self.seed) if index is None else index
+        with evaluating(self.model), repeating(), torch.no_grad():
             for number, batch in self._pending(index, len(self.rounds) if upto is None else upto):
                 start = time.perf_counter()
                 try:
                     self._attack(number, batch)
                 finally:
                     self.seconds += time.perf_counter() - start
-                    if self.state:
-                        tensors = {k: getattr(self, k) for k in ("prediction", "broken_by", "passed")}
-                        write_tensors(self.state, tensors, {"seconds": self.seconds})
+                    self._write()
         return self
+
+    def _write(self) -> None:
+        if self.state:
+            tensors = {k: getattr(self, k) for k in PROGRESS}
+            write_tensors(self.state, tensors | {"logits": self.logits} | self.kept, {"seconds": self.seconds})
+            self.written = time.monotonic()
 
     def _pending(self, index: Tensor, upto: int) -> Iterator[tuple[int, Tensor]]:
         for number in range(upto):
+            if self.kept and self.rounds[number].attack == "square":
+                yield number, self.kept["index"]
             while len(left := index[(self.broken_by[index] < 0) & (self.passed[index] == number)]):
                 yield number, left[: self.batch_size]
 
@@ -487,18 +538,25 @@ class Evaluation:
         done = torch.where(self.broken_by >= 0, 1.0, share).mean().item()
         step = len(index) / len(self.labels) * COST[now.attack][1] / sum(cost)
 
-        def tick() -> None:
+        def tick(state: Callable[[], dict[str, Tensor]] | None = None) -> None:
             nonlocal done
             done += step
             if self.progress:
                 self.progress(min(done, 1.0))
-            if time.monotonic() > self.deadline:
+            late = (at := time.monotonic()) > self.deadline
+            if state and (late or (self.state and at > self.written + 60)):
+                self.kept = {k: v.cpu().contiguous() for k, v in state().items()} | {"index": index}
+                self._write()
+            if late:
                 raise TimeUp
 
         word = f"{self.seed} {number} {int(index[0])}".encode()
         seed = int.from_bytes(hashlib.sha256(word).digest()[:7])
         generator = torch.Generator(device).manual_seed(seed)
-        batch, stopped = Batch(self.net, x, y, target, self.spec.eps, self.spec.norm, generator, tick), None
+        kept = {k: v.to(device) for k, v in self.kept.items()} if now.attack == "square" else {}
+        kept |= {k: v.contiguous(memory_format=self.layout) for k, v in kept.items() if v.ndim == 4}
+        batch = Batch(self.net, x, y, target, self.spec.eps, self.spec.norm, generator, tick, kept)
+        stopped = None
         try:
             now(batch)
         except TimeUp as stop:
@@ -514,6 +572,8 @@ class Evaluation:
         if stopped:
             raise stopped
         self.passed[index] = number + 1
+        if now.attack == "square":
+            self.kept = {}
 
     def predictions(self) -> dict[str, np.ndarray]:
         """attack -> (N,) int64: what the model says after that attack and those before it."""
@@ -621,5 +681,5 @@ def autoattack(
     check_images(x)
     points = x.detach().clone()
     more = {"batch_size": batch_size, "seed": seed, "points": points, "compiled": compiled}
-    Evaluation(model, x.detach(), y.cpu().long(), spec, **more).run()
+    Evaluation(model, x.detach(), as_labels(y), spec, **more).run()
     return points

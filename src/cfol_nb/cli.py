@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import re
 import sys
@@ -258,7 +259,9 @@ def report(out: Annotated[Path, typer.Option(help="Folder of the pages.")] = Pat
 @_stoppable
 def audit(
     model: Annotated[str, typer.Option(help="FILE.py:function, torchvision:NAME, or run:FOLDER.")],
-    data: Annotated[str, typer.Option(help="Whose test split: a data set of `cfol-nb list`, or imagefolder:PATH.")],
+    data: Annotated[
+        str, typer.Option(help="A data set of `cfol-nb list` or imagefolder:PATH; its test split, if it has one.")
+    ],
     weights: Annotated[Path | None, typer.Option(help="Safetensors file of the module's state.")] = None,
     eps: Annotated[str, typer.Option(help="Radius in the unit of images in [0, 1].")] = "8/255",
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
@@ -271,7 +274,7 @@ def audit(
     image_size: Annotated[int | None, typer.Option(help="Resize to this side.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Attack a compiled copy; pays in long audits.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the page; default runs/audits/NAME.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the page; default runs/audits/MODEL-HASH.")] = None,
 ) -> None:
     """Audit any model: which class is weakest, how sure is that, what attacks it? Prints it and writes one HTML page.
 
@@ -289,10 +292,18 @@ def audit(
 
     if choose("device", device, ("auto", "cpu", "cuda")) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = d.limit(d.load(data, image_size=image_size).test, limit)
+    known = d.load(data, image_size=image_size)
+    # of a single folder a run of ours has seen a part; another model gets all of it
+    images = d.limit(known.whole if known.cut and not model.startswith("run:") else known.test, limit)
+    typer.echo(
+        f"{len(images)} images of {len(images.class_names)} classes, in this order: {', '.join(images.class_names)}"
+    )
     net = a.load_model(model, weights, len(images.class_names), images.images.shape[1]).to(device)
-    name = f"{Path(model).stem if '.py:' in model else model.rpartition(':')[2].rpartition('/')[2]}-{Path(data).name}"
-    folder = out or runs_dir() / "audits" / name.replace(":", "-")
+    name = f"{model}{f', {weights.name},' if weights else ''} on {data}"
+    settings = hashlib.sha256(repr((model, weights, data, eps, norm, version, limit, image_size)).encode()).hexdigest()[
+        :8
+    ]
+    folder = out or runs_dir() / "audits" / f"{re.sub(r'[^A-Za-z0-9]+', '-', Path(model).name)}-{settings}"
     found = a.audit(
         net,
         images.images,

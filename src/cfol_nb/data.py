@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,6 +82,13 @@ class DataSet:
     test: ImageSet
     crop: int  # pixels of padding before a random crop; 0: no crop
     flip: bool  # whether a mirrored image keeps its class
+    cut: bool = False  # whether the test split was cut from a single folder
+
+    @property
+    def whole(self) -> ImageSet:
+        """Both splits together."""
+        a, b = self.train, self.test
+        return ImageSet(torch.cat([a.images, b.images]), torch.cat([a.labels, b.labels]), a.class_names)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -263,6 +269,8 @@ def _decode(items: Iterable, open_image: Callable, side: int | None, label: str)
     def one(item) -> tuple[np.ndarray, bool]:
         try:
             image = open_image(item)
+            if image.mode[0] in "IF":
+                raise ValueError(f"image {item} has {image.mode} pixels: 8 bits a channel are needed, convert it first")
             grey = image.mode in ("L", "1")
             return np.asarray(_resize(image.convert("RGB"), side)), grey
         except (OSError, SyntaxError) as error:
@@ -356,9 +364,8 @@ def _find(name: str) -> Path:
 
 
 def _classes(folder: Path) -> list[str]:
-    """Class folders in natural order: 2 before 10."""
-    names = [d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")]
-    return sorted(names, key=lambda s: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", s)])
+    """Class folders in the order of torchvision's ImageFolder, in which models of others know them: 10 before 2."""
+    return sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
 
 
 def _listing(root: Path) -> tuple[dict[str, list[tuple[str, list[Path]]]], str]:
@@ -409,7 +416,7 @@ def _imagefolder(name: str, side: int | None, split_seed: int) -> DataSet:
     tensors, names = _cached(root.name, {"listing": key, "side": side}, read)
     if "test.images" not in tensors:
         whole = ImageSet(tensors["train.images"], tensors["train.labels"], tuple(names))
-        return DataSet(name, *split(whole, 0.2, split_seed), crop=4, flip=True)
+        return DataSet(name, *split(whole, 0.2, split_seed), crop=4, flip=True, cut=True)
     return _dataset(name, tensors, names, crop=4, flip=True)
 
 

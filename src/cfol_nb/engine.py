@@ -104,7 +104,8 @@ def make_step(
     attacked, trained, frozen = model, model, None
     if engine != "eager":
         frozen = Frozen(model, half)
-        attacked, trained = torch.compile(frozen.model), torch.compile(model)
+        torch.compiler.reset()  # what earlier runs compiled counts towards a limit, beyond which nothing is
+        attacked, trained = (torch.compile(net, dynamic=False) for net in (frozen.model, model))
 
     def attack(x: Tensor, y: Tensor) -> Tensor:
         if objective.attack_loss is None:
@@ -114,8 +115,11 @@ def make_step(
         loss, options = objective.attack_loss, {"generator": generator, "check": False}
         return pgd(attacked, x, y, eps, step, config.steps, config.norm, loss, **options)
 
-    def adjust(logits: Tensor, y: Tensor) -> Tensor:  # bfloat16 is too coarse for margins and priors
-        return method.adjust(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
+    def wide(logits: Tensor) -> Tensor:  # bfloat16 is too coarse for margins, priors and differences of probabilities
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def adjust(logits: Tensor, y: Tensor) -> Tensor:
+        return method.adjust(wide(logits), y)
 
     def step(pixels: Tensor, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = as_float(augment(pixels, crop, flip, generator), dtype, device)
@@ -127,8 +131,8 @@ def make_step(
                 with torch.no_grad(), evaluating(attacked):
                     clean = attacked(x)
             losses, logits = objective(trained, x, x_adv, y, adjust, method.boundary(y))
-            if ensemble is not None:
-                losses = losses + ensemble(index, clean, logits)
+        if ensemble is not None:
+            losses = losses + ensemble(index, wide(clean), wide(logits))
         loss = method.reduce(losses, y, logits)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

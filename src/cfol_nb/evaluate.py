@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cfol_nb.attacks import as_float, evaluating, pgd, predict
+from cfol_nb.attacks import as_float, as_labels, evaluating, pgd, predict, repeating
 from cfol_nb.autoattack import Evaluation
 from cfol_nb.config import Attack, AutoAttack, as_attack
 
@@ -123,9 +123,16 @@ def evaluate(
     """
     if attacks is None:
         attacks = {"pgd20": {"eps": 8 / 255, "step": 1 / 255, "steps": 20}}
+    if "clean" in attacks:
+        raise ValueError("an attack cannot be called 'clean': that is what the model says without one")
     attacks = {k: as_attack(v) for k, v in attacks.items()}
+    labels = as_labels(labels)
+    with repeating():
+        return _evaluate(model, images, labels, attacks, class_names, batch_size, seed, progress, folder)
+
+
+def _evaluate(model, images, labels, attacks, class_names, batch_size, seed, progress, folder) -> Outcomes:
     steps = {k: a for k, a in attacks.items() if isinstance(a, Attack)}
-    labels = torch.as_tensor(labels).cpu().long()
     clean, k = predict(model, images, labels, class_names=class_names, batch_size=batch_size)
     tensor = next(model.parameters(), torch.empty(0))
     predictions = {k: [] for k in steps}

@@ -76,6 +76,7 @@ def code_hash() -> str:
         "data",
         "engine",
         "evaluate",
+        "features",
         "models",
         "objectives",
         "samplers",

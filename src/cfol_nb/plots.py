@@ -279,7 +279,13 @@ def gallery(x, x_adv, names: Sequence[str], predicted: Sequence[str], radius: np
     size = np.abs(d).max() if len(x) else 1.0
     for j in range(len(x)):
         for ax, image in zip(axes[:, j], (x[j], d[j] / (2 * max(size, 1e-12)) + 0.5, x_adv[j]), strict=True):
-            ax.imshow(np.squeeze(image.transpose(1, 2, 0).clip(0, 1)), cmap="gray", vmin=0, vmax=1)
+            shown = image if len(image) == 3 else image[:1]
+            ax.imshow(
+                np.squeeze(shown.transpose(1, 2, 0).clip(0, 1), 2 if len(shown) == 1 else ()),
+                cmap="gray",
+                vmin=0,
+                vmax=1,
+            )
         axes[0, j].set_title(names[j], fontsize=10)
         axes[2, j].set_xlabel(f"{predicted[j]}\nat {radius[j]:.3g}", fontsize=10, color=ROBUST)
     for ax, label in zip(axes[:, 0], ("clean", "perturbation", "adversarial"), strict=True):

@@ -34,7 +34,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from cfol_nb.attacks import one_thread
+from cfol_nb.attacks import one_thread, repeating
 from cfol_nb.config import RunConfig, as_attack
 from cfol_nb.data import fingerprint, prepare
 from cfol_nb.evaluate import Outcomes, evaluate
@@ -249,7 +249,7 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
     parent = Run.load(folder_of(config.parent)).model("last").to(config.device) if config.parent else None
     if config.remake:
         own = {k: v for k, v in config.remake.items() if k != "name"}
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        with repeating():
             train_images = REMAKES[config.remake["name"]](parent, train_images, seed=config.seed, **own)
     checkpoint = folder / "checkpoint.safetensors"
     trained = train(

@@ -192,6 +192,7 @@ class ClassSampler(_Exp3):
         self.register_buffer("count", count.to(device, torch.float64))
         self.register_buffer("start", (count.cumsum(0) - count).to(device))
         self.register_buffer("order", labels.argsort(stable=True).to(device))
+        self.register_buffer("classes", torch.arange(k, device=device).unsqueeze(1), persistent=False)
 
     @property
     def p(self) -> Tensor:
@@ -220,7 +221,11 @@ class ClassSampler(_Exp3):
         return state["order"].index_select(0, inside.add_(state["start"].index_select(0, y)))
 
     def _add(self, arm: Tensor, gain: Tensor) -> None:
-        self._buffers["w"].index_add_(0, arm, gain, alpha=self.eta)
+        w = self._buffers["w"]
+        if w.is_cuda:  # where index_add_ adds in no fixed order
+            w.add_((arm == self.classes).to(w) @ gain, alpha=self.eta)
+        else:
+            w.index_add_(0, arm, gain, alpha=self.eta)
 
 
 class ExampleSampler(_Exp3):
@@ -277,7 +282,10 @@ class ExampleSampler(_Exp3):
 
     def _add(self, arm: Tensor, gain: Tensor) -> None:
         node = arm + (1 << self.depth)
-        self.tree.index_add_(0, node, gain, alpha=self.eta)
+        if self.tree.is_cuda:  # where index_add_ adds in no fixed order
+            self.tree.index_put_((node,), self.eta * gain, accumulate=True)
+        else:
+            self.tree.index_add_(0, node, gain, alpha=self.eta)
         for _ in range(self.depth):
             node = node >> 1  # twice in a batch: twice the same value
             self.tree[node] = torch.logaddexp(self.tree[2 * node], self.tree[2 * node + 1])

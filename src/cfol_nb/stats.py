@@ -452,7 +452,8 @@ def lift(
     after: Sequence[Outcomes], before: Sequence[Outcomes], name: str, attack: str | None = None, *, draws: int = 2000
 ) -> pd.Series:
     """What the class `name` gained from one list of runs to the other, whose other classes may differ: before, after,
-    difference, low, high (95 % bootstrap over the images of the class and over the runs of each list)."""
+    difference, low, high (95 % bootstrap over the images of the class and over the runs of each list; where no image
+    changed, half an image that only one list gets right, for each, keeps it from certainty)."""
     right = []
     for several in (before, after):
         which = attack or last_attack(several[0])
@@ -460,8 +461,10 @@ def lift(
     if right[0].shape[1] != right[1].shape[1]:
         raise ValueError(f"class {name!r} has {right[0].shape[1]} images before and {right[1].shape[1]} after")
     rng, n = np.random.default_rng(0), right[0].shape[1]
-    weight = rng.dirichlet(np.ones(n), draws)
-    each = [np.take_along_axis(weight @ r.T, rng.integers(len(r), size=(draws, len(r))), 1).mean(1) for r in right]
+    weight = rng.dirichlet([*np.ones(n), 0.5, 0.5], draws)
+    known = [np.pad(r, ((0, 0), (0, 2)), constant_values=True) for r in right]
+    known[0][:, n], known[1][:, n + 1] = False, False
+    each = [np.take_along_axis(weight @ r.T, rng.integers(len(r), size=(draws, len(r))), 1).mean(1) for r in known]
     low, high = np.quantile(each[1] - each[0], [0.025, 0.975])
     was, now = (float(r.mean()) for r in right)
     return pd.Series({"before": was, "after": now, "difference": now - was, "low": low, "high": high}, name=name)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cfol_nb.attacks import repeating
 from cfol_nb.config import RunConfig, options
 from cfol_nb.data import ImageSet
 from cfol_nb.engine import choose_engine, make_step
@@ -58,8 +59,10 @@ _sharing = threading.Lock()  # of torch's global generators, from which layers a
 
 def _generators(device: torch.device) -> list[torch.Generator]:
     """torch's global generators that a run on this device may use."""
-    cuda = [torch.cuda.default_generators[torch.cuda.current_device()]] if device.type == "cuda" else []
-    return [torch.default_generator, *cuda]
+    if device.type != "cuda":
+        return [torch.default_generator]
+    current = torch.cuda.current_device()  # which starts CUDA: before it there are no generators
+    return [torch.default_generator, torch.cuda.default_generators[current]]
 
 
 @contextlib.contextmanager
@@ -192,7 +195,7 @@ def train(
     """
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     # the global generators only serve layers that draw, such as dropout; cuDNN must repeat itself
-    with _seeded(config.seed, device), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+    with _seeded(config.seed, device), repeating(torch.backends.cudnn.allow_tf32):
         return _train(config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress, initial)
 
 
@@ -293,6 +296,8 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
         if ensemble is not None:
             ensemble.load_state_dict(state["ensemble"])
         optimizer.load_state_dict(state["optimizer"])
+        for p, kept in optimizer.state.items():  # fused kernels want the memory layout of the weights
+            kept |= {k: torch.empty_like(p).copy_(v) for k, v in kept.items() if v is not None and v.shape == p.shape}
         for group in optimizer.param_groups if graphed else ():
             group["lr"] = rate
         generator.set_state(state["generator"])
