@@ -198,15 +198,12 @@ def load_model(source: str, weights: Path | None, num_classes: int, channels: in
             raise FileNotFoundError(f"there is no file {path}")
         try:
             found = runpy.run_path(path)
-            if not callable(found.get(function)):
-                raise ValueError(f"{path} defines no function {function!r}")
-            module = model = found[function]()
+            module = model = found[function]() if callable(found.get(function)) else None
         except (Exception, SystemExit) as error:  # whatever the user's code does
-            raise (
-                error
-                if isinstance(error, ValueError)
-                else ValueError(f"{source} cannot be called without arguments: {type(error).__name__}: {error}")
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{source} cannot be called without arguments: {reason}") from error
+        if not callable(found.get(function)):
+            raise ValueError(f"{path} defines no function {function!r}")
         if not isinstance(model, nn.Module):
             raise ValueError(f"{source} returns a {type(model).__name__}: a torch.nn.Module is needed")
     else:
@@ -483,21 +480,18 @@ def audit(
             progress=lambda share: upto(0.1 + 0.9 * share),
             deadline=deadline,
         )
-        state, done = folder and Path(folder) / f"pgd-{e.identity}.safetensors", 0
-        if state and state.exists():
-            before, _ = read_tensors(state)
+        state = folder and Path(folder) / f"pgd-{e.identity}.safetensors"
+        predicted, first = torch.full_like(labels, -1), torch.empty(len(labels))
+        if state and state.exists() and e.says(before := read_tensors(state)[0]):
             predicted, first = before["pgd20"], before["first"]
-            done = int((predicted >= 0).sum())
-        else:
-            predicted, first = torch.full_like(labels, -1), torch.empty(len(labels))
-        for i in range(done, len(labels), batch_size):
+        for i in range(int((predicted >= 0).sum()), len(labels), batch_size):
             rows = slice(i, i + batch_size)
             x, y = images[rows], labels[rows]
             found = evaluate(model, x, y, {"pgd20": pgd20}, batch_size=batch_size, seed=seed)
             predicted[rows] = torch.from_numpy(found.predictions["pgd20"])
             first[rows] = _sweep(model, x, y, eps, norm)
             if state:
-                write_tensors(state, {"pgd20": predicted, "first": first})
+                write_tensors(state, {"pgd20": predicted, "first": first, "logits": e.logits})
             upto(0.1 * min(i + batch_size, len(labels)) / len(labels))
             if time.monotonic() > deadline:
                 raise ValueError(
