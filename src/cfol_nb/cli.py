@@ -258,7 +258,7 @@ def report(out: Annotated[Path, typer.Option(help="Folder of the pages.")] = Pat
 @app.command()
 @_stoppable
 def audit(
-    model: Annotated[str, typer.Option(help="FILE.py:function, torchvision:NAME, or run:FOLDER.")],
+    model: Annotated[str, typer.Option(help="FILE.py:function, torchvision:NAME, or run:NAME (a stored run).")],
     data: Annotated[
         str, typer.Option(help="A data set of `cfol-nb list` or imagefolder:PATH; its test split, if it has one.")
     ],
