@@ -172,8 +172,8 @@ def load_model(source: str, weights: Path | None, num_classes: int, channels: in
     """A model that maps images in [0, 1] to logits, in eval mode, in float32.
 
     source: "FILE.py:function", called without arguments; "torchvision:NAME", made with as many outputs as there are
-    classes, with ImageNet's normalisation before it, as its published weights expect; or "run:FOLDER" (or
-    "run:FOLDER:selected"), a run of this store. weights: a safetensors file of the module's state.
+    classes, with ImageNet's normalisation before it, as its published weights expect; or "run:NAME" (or
+    "run:NAME:selected"), a stored run or its folder. weights: a safetensors file of the module's state.
     Raises ValueError or FileNotFoundError, with what does not fit, for anything that cannot be loaded.
     """
     kind, _, rest = source.partition(":")
@@ -207,7 +207,7 @@ def load_model(source: str, weights: Path | None, num_classes: int, channels: in
         if not isinstance(model, nn.Module):
             raise ValueError(f"{source} returns a {type(model).__name__}: a torch.nn.Module is needed")
     else:
-        raise ValueError(f"model {source!r}: FILE.py:function, torchvision:NAME or run:FOLDER is needed")
+        raise ValueError(f"model {source!r}: FILE.py:function, torchvision:NAME or run:NAME is needed")
     if weights:
         load_weights(module, weights)
     return model.eval()
