@@ -208,15 +208,26 @@ def test_readmes_code_runs(tmp_path, monkeypatch):
 def test_readmes_tables_are_those_of_the_published_runs():
     shown = re.search(r"<!-- cifar10 -->\n(.*?)<!-- /cifar10 -->", README, re.S)[1]
     usual = listing(published()).query("dataset == 'cifar10' and objective == 'at' and variant == ''")
-    usual = usual[usual["network"].eq("preactresnet18 16")].set_index("method")["outcomes"]
-    for line, method in zip(shown.splitlines()[2:], ("erm", "cfol"), strict=False):
-        cells, group = [x.strip() for x in line.strip("|").split("|")][1:], {"": usual[method]}
-        strong = stated(group, ["mean", "worst"], "autoattack")
-        assert cells == [*headline(group, "pgd20").iloc[0], *strong.iloc[0]]
-    for kind, attack in (("PGD-20", "pgd20"), ("AutoAttack", "autoattack")):
-        gain = 100 * summary(usual["cfol"], attack, versus=usual["erm"])
-        worst, mean = (f"{g.value:+.1f} [{g.low:+.1f}, {g.high:+.1f}]" for g in (gain.loc["worst"], gain.loc["mean"]))
-        assert f"under {kind} worst class {worst} points, mean {mean}" in " ".join(shown.split())
+    usual = usual[usual["network"].eq("preactresnet18 16")].groupby(["size", "method"])["outcomes"].agg(list)
+    lines, rest = shown.splitlines()[2:], " ".join(shown.split("minus ERM-AT")[1].split())
+    small = "train_limit 1000, test_limit 300, epochs 12, dtype bfloat16"
+    for at, (n, size) in enumerate((("45,000", "epochs 12, dtype bfloat16"), ("9,000", small))):
+        of = {"ERM": usual[size, "erm"], "CFOL": usual[size, "cfol"]}
+        for line, (name, group) in zip(lines[2 * at :], of.items(), strict=False):
+            label, *cells = [x.strip() for x in line.strip("|").split("|")]
+            assert label == f"{name}-AT, {n} images"
+            known = ["pgd20", *(["autoattack"] if "autoattack" in group[0].predictions else [])]
+            strong = [*stated({"": group}, ["mean", "worst"], known[1]).iloc[0]] if known[1:] else ["-", "-"]
+            assert cells == [*headline({"": group}, "pgd20").iloc[0], *strong]
+        said = []
+        for attack in known:
+            gain = 100 * summary(of["CFOL"], attack, versus=of["ERM"])
+            kind = {"pgd20": "PGD-20", "autoattack": "AutoAttack"}[attack]
+            worst, mean = (
+                f"{g.value:+.1f} [{g.low:+.1f}, {g.high:+.1f}]" for g in (gain.loc["worst"], gain.loc["mean"])
+            )
+            said.append(f"under {kind} worst class {worst} points, mean {mean}")
+        assert f"with {n} training images {'; '.join(said)}" in rest
 
 
 def test_readme_shows_what_the_stored_notebooks_print_and_draw():
