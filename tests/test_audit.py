@@ -216,6 +216,15 @@ def test_spending_on_the_worst_says_what_it_skipped(trained, digits, quick):  # 
         assert f"Of these images {table['class'][0]} is the worst class" in part.verdict()
 
 
+def test_classes_that_are_level_are_all_named(found):
+    labels, predictions = found.outcomes.labels, dict(found.outcomes.predictions)
+    for name in ("pgd20", "autoattack"):
+        predictions[name] = np.where(np.isin(labels, [3, 5]), 0, predictions[name])  # none of either is right
+    level = dataclasses.replace(found, outcomes=dataclasses.replace(found.outcomes, predictions=predictions))
+    assert level.verdict().startswith("The weakest class is 3, level with 5: 0.0 %")
+    assert "Under PGD-20" not in level.verdict()
+
+
 def test_two_classes_need_no_three_quarters(trained, digits):  # noqa: F811
     x, _ = of_test(digits, 200)
     two = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))

@@ -295,15 +295,17 @@ class Audit:
 
     def verdict(self) -> str:
         """The answer in a few sentences."""
-        worst, s = self.table().iloc[0], stats.summary(self.outcomes)
+        table, s = self.table(), stats.summary(self.outcomes)
+        worst, alike = table.iloc[0], table["class"][table["autoattack"].eq(table["autoattack"][0])].tolist()
         spec, at_most = self.outcomes.attacks["autoattack"], "at most " * bool(self.unfinished.any())
 
         def cell(value: float, low: float, high: float) -> str:
             return f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
         mean, least = s.loc["mean"], s.loc["worst"]
+        others = f", level with {', '.join(alike[1:])}" if alike[1:] and not at_most else ""
         text = (
-            f"The weakest class is {worst['class']}: {at_most * bool(worst.get('unfinished', 0))}"
+            f"The weakest class is {worst['class']}{others}: {at_most * bool(worst.get('unfinished', 0))}"
             f"{cell(worst['autoattack'], worst['low'], worst['high'])} of its {worst['n']} images withstand AutoAttack "
             f"({spec['version']}, {NORMS[spec['norm']]} {spec['eps']:.4g}), against {at_most}"
             f"{cell(mean['value'], mean['low'], mean['high'])} on average over the classes."
@@ -314,7 +316,7 @@ class Audit:
                 f"truly is lies in [{100 * least['low']:.1f}, {100 * least['high']:.1f}] %."
             )
         under_pgd = stats.weakest(self.outcomes, "pgd20")
-        if under_pgd != worst["class"]:
+        if worst["pgd20"] > table["pgd20"].min():
             text += f" Under PGD-20 another class, {under_pgd}, looks weakest."
         bad = self.checks[self.checks["verdict"] != "ok"]
         text += f" {len(self.checks) - len(bad)} of {len(self.checks)} checks are fine"
