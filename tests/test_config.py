@@ -73,6 +73,8 @@ def test_defaults_fit_the_data_set():
         ({"method": {"name": "cfol", "eta": float("inf")}}, "JSON"),
         ({"optimizer": "lion"}, "adam"),
         ({"schedule": {"name": "cyclic", "cycles": 0}}, "cycles"),
+        ({"schedule": {"name": "cosine", "milestones": [0.2]}}, "'cosine' has no option 'milestones': 'step' has"),
+        ({"schedule": {"name": "step", "cycles": 2}}, "'step' has no option 'cycles': 'cyclic' has"),
         ({"remake": "matched"}, "needs a parent"),
         ({"parent": {"model": "mlp"}}, "do not fit"),
         ({"parent": {}, "without": ["3"]}, "another without"),

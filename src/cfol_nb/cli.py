@@ -192,7 +192,8 @@ def suite(
 ) -> None:
     """Train and evaluate method after method inside a time limit; one JSON per run.
 
-    The same call goes on where an earlier one stopped. Methods: erm, cfol, cfol-trades, trades, fol, cvar, lcvar.
+    The same call goes on where an earlier one stopped. Methods: erm, cfol, cfol-trades, trades, fol, cvar, lcvar,
+    frl, frl-remargin.
 
     Example: cfol-nb suite cifar10 --methods erm,cfol --seeds 3 --minutes 120 -s dtype=bfloat16 -s ema=0.999
     """

@@ -136,6 +136,13 @@ class Schedule(_Strict):
     factor: float = Field(0.1, gt=0)
     cycles: int = Field(3, ge=1)
 
+    @model_validator(mode="after")
+    def _taken(self):
+        for field, name in (("milestones", "step"), ("factor", "step"), ("cycles", "cyclic")):
+            if name != self.name and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"schedule {self.name!r} has no option {field!r}: {name!r} has")
+        return self
+
     def __call__(self, progress: float) -> float:
         """Factor on the peak learning rate when `progress` in [0, 1) of the run is done."""
         if self.name == "onecycle":
