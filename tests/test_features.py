@@ -45,7 +45,9 @@ def test_matched_images_have_the_features_of_the_image_and_the_label_but_start_e
     goal, _ = penultimate(net, some.images.double() / 255)
     start = torch.randperm(120, generator=torch.Generator().manual_seed(5))
     before, _ = penultimate(net, some.images[start].double() / 255)
-    made = matched(net, some, seed=5, steps=60, step=0.2)
+    gone = []
+    made = matched(net, some, seed=5, steps=60, step=0.2, progress=gone.append)
+    assert gone == [120] * 60
     after, _ = penultimate(net, made.images.double() / 255)
     assert (after - goal).norm() < 0.35 * (before - goal).norm()
     assert torch.equal(made.labels, some.labels)
@@ -55,7 +57,9 @@ def test_matched_images_have_the_features_of_the_image_and_the_label_but_start_e
 
 @pytest.mark.parametrize("make", [d_rand, d_det])
 def test_moved_images_stay_in_the_ball_and_are_taken_for_their_labels(net, some, make):
-    made = make(net, some, seed=1, eps=4.0, step=0.4, steps=40)
+    gone = []
+    made = make(net, some, seed=1, eps=4.0, step=0.4, steps=40, progress=gone.append)
+    assert gone == [120 * 40]
     moved = (made.images.double() - some.images.double()) / 255
     assert moved.flatten(1).norm(dim=1).max() < 4 + 0.5 * 8 / 255  # and the rounding of 64 pixels
     with torch.no_grad():

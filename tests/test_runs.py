@@ -16,6 +16,7 @@ import torch
 from cfol_nb import runs
 from cfol_nb.autoattack import Evaluation
 from cfol_nb.config import RunConfig
+from cfol_nb.data import prepare
 from cfol_nb.evaluate import evaluate
 from cfol_nb.files import Corrupt, read_tensors, write_json, write_tensors
 from cfol_nb.models import MODELS, register
@@ -405,6 +406,16 @@ def test_a_run_learns_from_images_remade_by_its_parent(tiny):
     remade = {"name": "d_det", "eps": 0.6, "step": 0.1, "steps": 10}
     (wrong,) = compute([parent.model_copy(update={"parent": parent, "remake": remade})])
     (right,) = compute([parent])
+    again, seen = wrong.config.model_copy(update={"seed": 3}), []
+    runs._work(again.model_dump_json(), str(folder_of(again)), report=lambda *at: seen.append(at))
+    done, totals = zip(*seen, strict=True)
+    training = 20 * (len(prepare(again)[0]) // again.batch_size)
+    remaking = totals[0] - training
+    assert set(totals) == {training + remaking}
+    assert remaking == pytest.approx(training / 20 * 10 * 2 / 3, rel=0.1)  # 10 steps of 2 passes, a step has 3
+    assert list(done) == sorted(done)
+    assert done[-training - 1] <= remaking < done[-training]
+    assert done[-1] == totals[0]
     assert (right.outcomes["last"].correct("clean")).mean() > 0.85
     assert (wrong.outcomes["last"].correct("clean")).mean() < 0.5
     with pytest.raises(ValueError, match="no option 'radius'"):

@@ -134,6 +134,18 @@ def test_the_estimate_counts_a_parent_that_is_not_stored():
     assert before > 5 * estimate(child)
 
 
+def test_the_estimate_counts_the_remaking_of_images():
+    parent = RunConfig(**TINY)
+    child = RunConfig(**TINY, parent=parent, objective="clean")
+    remade = child.model_copy(update={"remake": {"name": "matched", "steps": 200}})
+    compute([parent])
+    guess, without = estimate(remade), estimate(child)
+    (run,) = compute([remade])
+    taken = run.provenance["seconds"]
+    assert without < 0.5 * taken["remaking"]
+    assert 0.4 * taken["remaking"] < guess < 2.5 * sum(taken.values())
+
+
 def test_everything_is_checked_before_the_first_run(tmp_path):
     configs = configurations("digits", ["erm"], 1, **TINY) + configurations(
         "digits", ["erm"], 1, model="nothing", **TINY

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -86,12 +87,22 @@ def difficulty(images: ImageSet, folds: int = 5) -> pd.DataFrame:
 
 # -- training images remade (Ilyas et al. 2019) ------------------------------------------------------------------------
 
+Progress = Callable[[int], None] | None  # called with the images that went a step, or their sum over steps, at a time
+
 
 def _as_images(x: Tensor, labels: Tensor, like: ImageSet) -> ImageSet:
     return ImageSet((x * 255).round().to(torch.uint8), labels, like.class_names)
 
 
-def matched(model: nn.Module, images: ImageSet, seed: int = 0, steps: int = 1000, step: float = 0.1) -> ImageSet:
+def matched(
+    model: nn.Module,
+    images: ImageSet,
+    seed: int = 0,
+    steps: int = 1000,
+    step: float = 0.1,
+    *,
+    progress: Progress = None,
+) -> ImageSet:
     """Images that look to the model like those of `images`, with their labels, but are made from other images.
 
     Each starts from a random training image and goes `steps` normalised l2 steps of size `step` towards the penultimate
@@ -110,35 +121,63 @@ def matched(model: nn.Module, images: ImageSet, seed: int = 0, steps: int = 1000
             (grad,) = torch.autograd.grad((seen - goal).square().sum(), a)
             size = torch.linalg.vector_norm(grad, dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
             a = (a.detach() - step * grad / size).clamp_(0, 1)
+            if progress:
+                progress(len(a))
         return (a,)
 
     (x,) = _batches(model, images, approach, images.images[start])
     return _as_images(x, images.labels, images)
 
 
-def _towards(model, images: ImageSet, target: Tensor, eps: float, step: float, steps: int) -> ImageSet:
+def _towards(
+    model, images: ImageSet, target: Tensor, eps: float, step: float, steps: int, progress: Progress
+) -> ImageSet:
     def attack(x: Tensor, t: Tensor) -> tuple[Tensor]:
-        return (pgd(model, x, t, eps, step, steps, "l2", random_start=False, targeted=True),)
+        a = pgd(model, x, t, eps, step, steps, "l2", random_start=False, targeted=True)
+        if progress:
+            progress(steps * len(a))
+        return (a,)
 
     (x,) = _batches(model, images, attack, target)
     return _as_images(x, target, images)
 
 
 def d_rand(
-    model: nn.Module, images: ImageSet, seed: int = 0, eps: float = 0.5, step: float = 0.1, steps: int = 100
+    model: nn.Module,
+    images: ImageSet,
+    seed: int = 0,
+    eps: float = 0.5,
+    step: float = 0.1,
+    steps: int = 100,
+    *,
+    progress: Progress = None,
 ) -> ImageSet:
     """Each image moved, in an l2 ball, towards a random class, and labelled as that class: only what the model's
     non-robust features say agrees with the labels (Ilyas et al. 2019, section 3.2)."""
     g = torch.Generator().manual_seed(seed)
     target = torch.randint(len(images.class_names), images.labels.shape, generator=g)
-    return _towards(model, images, target, eps, step, steps)
+    return _towards(model, images, target, eps, step, steps, progress)
 
 
 def d_det(
-    model: nn.Module, images: ImageSet, seed: int = 0, eps: float = 0.5, step: float = 0.1, steps: int = 100
+    model: nn.Module,
+    images: ImageSet,
+    seed: int = 0,
+    eps: float = 0.5,
+    step: float = 0.1,
+    steps: int = 100,
+    *,
+    progress: Progress = None,
 ) -> ImageSet:
     """As `d_rand`, towards the next class: what robust features say speaks against the labels."""
-    return _towards(model, images, (images.labels + 1) % len(images.class_names), eps, step, steps)
+    return _towards(model, images, (images.labels + 1) % len(images.class_names), eps, step, steps, progress)
 
 
 REMAKES: dict[str, Callable[..., ImageSet]] = {"matched": matched, "d_rand": d_rand, "d_det": d_det}
+
+
+def remake_steps(remake: Mapping | None) -> int:
+    """Steps that an image goes when it is remade; 0 without `remake`."""
+    if not remake:
+        return 0
+    return remake.get("steps", inspect.signature(REMAKES[remake["name"]]).parameters["steps"].default)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import multiprocessing
 import os
 import platform
@@ -38,7 +39,7 @@ from cfol_nb.attacks import one_thread, repeating
 from cfol_nb.config import RunConfig, as_attack
 from cfol_nb.data import fingerprint, prepare
 from cfol_nb.evaluate import Outcomes, evaluate
-from cfol_nb.features import REMAKES
+from cfol_nb.features import REMAKES, remake_steps
 from cfol_nb.files import (
     CHECKOUT,
     ROOT,
@@ -54,7 +55,7 @@ from cfol_nb.files import (
 from cfol_nb.methods import METHODS
 from cfol_nb.models import MODELS
 from cfol_nb.stats import counts
-from cfol_nb.train import Diverging, check, make_model, new_model, train
+from cfol_nb.train import Diverging, check, make_model, new_model, step_passes, train
 
 
 class RunsFailed(RuntimeError):
@@ -247,10 +248,21 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
     origin = provenance(config.device)
     train_images, held, data = prepare(config)
     parent = Run.load(folder_of(config.parent)).model("last").to(config.device) if config.parent else None
+    total, remade = len(train_images) // config.batch_size * config.epochs, 0.0
+    per_step = 2 / (step_passes(config) * config.batch_size)  # of an image, in steps of the training
+    ahead = math.ceil(per_step * remake_steps(config.remake) * len(train_images))
     if config.remake:
-        own = {k: v for k, v in config.remake.items() if k != "name"}
+
+        def show(done: int) -> None:
+            nonlocal remade
+            remade += per_step * done
+            report(int(remade), ahead + total)
+
+        own, start = {k: v for k, v in config.remake.items() if k != "name"}, time.perf_counter()
         with repeating():
-            train_images = REMAKES[config.remake["name"]](parent, train_images, seed=config.seed, **own)
+            make = REMAKES[config.remake["name"]]
+            train_images = make(parent, train_images, seed=config.seed, progress=show, **own)
+        remaking = time.perf_counter() - start
     checkpoint = folder / "checkpoint.safetensors"
     trained = train(
         config,
@@ -260,7 +272,7 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
         flip=data.flip,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
-        progress=report,
+        progress=lambda done, total: report(ahead + done, ahead + total),
         initial=parent.state_dict() if parent is not None and not config.remake else None,
     )
     start = time.perf_counter()
@@ -283,17 +295,17 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
         {f"{w}.{k}": v for w, weights in trained.weights.items() for k, v in weights.items()},
         {"build": {"num_classes": len(data.class_names), "channels": data.test.images.shape[1]}},
     )
-    steps = len(train_images) // config.batch_size * config.epochs
     write_json(
         folder / "provenance.json",
         {
             **origin,
             "seconds": {
+                **({"remaking": round(remaking, 2)} if config.remake else {}),
                 "training": round(trained.seconds, 2),
                 "looking": round(trained.looking, 2),
                 "evaluation": round(time.perf_counter() - start, 2),
             },
-            "images_per_second": round(steps * config.batch_size / (trained.seconds - trained.looking), 1),
+            "images_per_second": round(total * config.batch_size / (trained.seconds - trained.looking), 1),
             "peak_memory_mib": peak_memory(config.device),
         },
     )

@@ -16,10 +16,11 @@ from pydantic import BaseModel
 from cfol_nb.config import RunConfig, keywords
 from cfol_nb.data import prepare
 from cfol_nb.evaluate import Outcomes
+from cfol_nb.features import remake_steps
 from cfol_nb.files import ROOT, read_json, write_json
 from cfol_nb.methods import METHODS as METHOD_TYPES
 from cfol_nb.runs import Run, RunsFailed, _Progress, compute, folder_of, resolve, threads, verdicts, whole
-from cfol_nb.train import check, look_steps, train
+from cfol_nb.train import check, look_steps, step_passes, train
 
 PAPER = {"epochs": 200, "schedule": {"name": "step", "milestones": [0.5, 0.75]}}
 METHODS = {
@@ -52,7 +53,7 @@ def configurations(dataset: str, methods: Sequence[str], seeds: int, **settings)
 
 def estimate(config: RunConfig, steps: int = 8) -> float:
     """Seconds that a run will take, from a few of its own training steps; looks and evaluation by their passes; with
-    its parent, if that is not stored. What `remake` takes is not in it."""
+    its parent, if that is not stored; `remake` as if the parent's network were its own."""
     images, held, data = prepare(config)
     times = []
 
@@ -66,13 +67,14 @@ def estimate(config: RunConfig, steps: int = 8) -> float:
     with contextlib.suppress(_Enough), threads(config):
         train(config, images, held, crop=data.crop, flip=data.flip, progress=watch)
     step = statistics.median([b - a for a, b in itertools.pairwise(times)] or [0.0])
-    per_pass = step / (config.batch_size * (2 * config.steps + 3))  # one forward pass of one image
+    per_pass = step / (config.batch_size * step_passes(config))  # one forward pass of one image
     looks = -(-config.epochs // config.validate_every) * len(held) * (2 * look_steps(config) + 2)
-    slower = 6 if config.dtype == "bfloat16" else 1  # the test is evaluated in float32
+    slower = 6 if config.dtype == "bfloat16" else 1  # images are evaluated, and remade, in float32
     kinds = 3 if config.ema else 2
     passes = 1 + sum(a.passes for a in config.attacks.values())
     total = len(images) // config.batch_size * config.epochs
-    own = 1.1 * (step * total + per_pass * (looks + slower * kinds * passes * len(data.test)))
+    in_float32 = kinds * passes * len(data.test) + 2 * remake_steps(config.remake) * len(images)
+    own = 1.1 * (step * total + per_pass * (looks + slower * in_float32))
     parent = config.parent and resolve(config.parent)
     return own + (estimate(parent, steps) if parent and not whole(folder_of(parent)) else 0)
 

@@ -41,7 +41,7 @@ def check(config: RunConfig) -> None:
     own = options("objective", config.objective, OBJECTIVES)
     OBJECTIVES[config.objective["name"]](**own)
     if config.remake is not None:
-        options("remake", config.remake, REMAKES, given=("model", "images", "seed"))
+        options("remake", config.remake, REMAKES, given=("model", "images", "seed", "progress"))
     with torch.device("meta"):  # takes no memory and no time
         method.start(build(num_classes=2, channels=3, **config.model))
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -52,6 +52,11 @@ def look_steps(config: RunConfig) -> int:
     """Attack steps of a look at the held-out split: as in training; one where training has no attack, so that the looks
     stay cheap beside it."""
     return config.validate_steps or (config.steps if OBJECTIVES[config.objective["name"]].attack_loss else 1)
+
+
+def step_passes(config: RunConfig) -> int:
+    """Passes, forward or back, that an image of a training step makes: those of the attack, and three of the step."""
+    return 3 + 2 * config.steps * (OBJECTIVES[config.objective["name"]].attack_loss is not None)
 
 
 _sharing = threading.Lock()  # of torch's global generators, from which layers are initialised and dropout draws
