@@ -73,13 +73,36 @@ def here(work):
     return run
 
 
-def compare(title: str, rounds: int, **work) -> dict:
-    """Each variant in turn; prints seconds and returns what they found last."""
+@contextlib.contextmanager
+def passes(model: torch.nn.Module, seconds: list[float]):
+    """Add to the list how long the network was computed in this block, forward and back."""
+    forward, grad, spent = model.forward, torch.autograd.grad, 0.0
+
+    def timed(f):
+        def g(*args, **options):
+            nonlocal spent
+            start = time.perf_counter()
+            out = f(*args, **options)
+            spent += time.perf_counter() - start
+            return out
+
+        return g
+
+    model.forward, torch.autograd.grad = timed(forward), timed(grad)
+    yield
+    del model.forward
+    torch.autograd.grad = grad
+    seconds.append(spent)
+
+
+def compare(title: str, rounds: int, more: dict[str, list[float]], **work) -> dict:
+    """Each variant in turn; prints seconds and returns what they found last. more: seconds that the variants note."""
     times, results = {k: [] for k in work}, {}
     for _ in range(rounds):
         for k, f in work.items():
             seconds, results[k] = f()
             times[k].append(seconds)
+    times |= {k: v for k, v in more.items() if v}
     keep(title, times)
     base = statistics.median(times[next(iter(work))])
     print(title)
@@ -104,9 +127,19 @@ def main() -> None:
             continue
         model, eps, rounds, x, y = case.model, case.eps, case.rounds, case.x[: case.n], case.y[: case.n]
         work = {THEIRS: elsewhere(__file__, name)}
+        network = []
+
+        def attacked(how: dict, model=model, x=x, y=y, eps=eps, network=network) -> torch.Tensor:
+            """Which images hold; on a CPU, where nothing is computed behind the clock, notes the network's own time."""
+            plain = not how and DEVICE.type == "cpu"
+            with passes(model, network) if plain else contextlib.nullcontext():
+                points = autoattack(model, x, y, eps, **how)
+            return right(model, points, y)
+
         for k, how in {"cfol-nb": {}, **case.variants}.items():
-            work[k] = here(lambda m=model, x=x, y=y, e=eps, how=how: right(m, autoattack(m, x, y, e, **how), y))
-        held = compare(f"AutoAttack standard, {name} on {case.data}, {case.n} images, L-inf {eps:.3g}", rounds, **work)
+            work[k] = here(lambda f=attacked, how=how: f(how))
+        title = f"AutoAttack standard, {name} on {case.data}, {case.n} images, L-inf {eps:.3g}"
+        held = compare(title, rounds, {"the network's passes in it": network}, **work)
         print(f"  clean {right(model, x, y).float().mean():.3f}")
         for k, v in held.items():
             v = torch.as_tensor(v)
@@ -128,7 +161,7 @@ def main() -> None:
             return held.cpu() & right(model, adv, y)
 
         work = {"to the end": here(lambda: pgd20(False)), "retiring": here(lambda: pgd20(True))}
-        found = compare(f"PGD-20, {name} on {case.data}, {len(y)} images", rounds, **work)
+        found = compare(f"PGD-20, {name} on {case.data}, {len(y)} images", rounds, {}, **work)
         same = torch.equal(found["to the end"], found["retiring"])
         print(f"  robust {found['retiring'].float().mean():.3f}, the same images: {same}")
 

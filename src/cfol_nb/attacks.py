@@ -102,7 +102,7 @@ def predict(
             f"the model computes in {tensor.dtype}: attacks are judged in float32 or better (model.float())"
         )
     out = []
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), repeating(), torch.no_grad():
         for i in range(0, len(labels), batch_size):
             logits = model(as_float(images[i : i + batch_size], tensor.dtype, tensor.device))
             if not torch.is_tensor(logits):

@@ -63,9 +63,7 @@ class Batch:
     norm: str
     generator: torch.Generator
     tick: Callable[..., None]  # called in every iteration, with a function that makes `kept`; may raise TimeUp
-    kept: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # where it was stopped, by an attack that can go on from there
+    kept: dict[str, Tensor] = field(default_factory=dict)  # where an attack was stopped that can go on from there
 
     def __post_init__(self):
         self.found = self.x.clone()  # misclassified points, from the moment they are met
@@ -466,7 +464,7 @@ class Evaluation:
         self.broken_by[self.prediction != labels] = 0
         self.passed, self.seconds, self.kept = torch.zeros_like(labels), 0.0, {}
         self.layout = torch.contiguous_format
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), repeating(), torch.no_grad():
             x = self._images(slice(0, batch_size))
             logits = model(x)
             self.layout = _layout(model, x, logits)

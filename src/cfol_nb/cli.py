@@ -238,14 +238,18 @@ def publish(
     from cfol_nb.runs import Run, judge, stored
 
     folders = {f.name: f for f in stored()}
+    found = {}
     for name in names:
-        found = [f for n, f in folders.items() if fnmatch(n, name)]
-        for folder in found or [folders[choose("stored run", name, folders)]]:
-            run = Run.load(folder)
-            if autoattack:
-                ball = {"eps": run.config.eps, "norm": run.config.norm}
-                judge([run], {"autoattack": {**ball, "version": choose("version", autoattack, ("standard", "fast"))}})
-            typer.echo(s.publish(run, results or ROOT / "results"))
+        of_name = {n: f for n, f in folders.items() if fnmatch(n, name)}
+        found |= of_name or {name: folders[choose("stored run", name, folders)]}
+    runs = [Run.load(f) for f in found.values()]
+    if autoattack:
+        version = choose("version", autoattack, ("standard", "fast"))
+        for eps, norm in dict.fromkeys((r.config.eps, r.config.norm) for r in runs):
+            alike = [r for r in runs if (r.config.eps, r.config.norm) == (eps, norm)]
+            judge(alike, {"autoattack": {"eps": eps, "norm": norm, "version": version}})
+    for run in runs:
+        typer.echo(s.publish(run, results or ROOT / "results"))
 
 
 @app.command()

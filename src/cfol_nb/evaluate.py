@@ -127,17 +127,12 @@ def evaluate(
         raise ValueError("an attack cannot be called 'clean': that is what the model says without one")
     attacks = {k: as_attack(v) for k, v in attacks.items()}
     labels = as_labels(labels)
-    with repeating():
-        return _evaluate(model, images, labels, attacks, class_names, batch_size, seed, progress, folder)
-
-
-def _evaluate(model, images, labels, attacks, class_names, batch_size, seed, progress, folder) -> Outcomes:
     steps = {k: a for k, a in attacks.items() if isinstance(a, Attack)}
     clean, k = predict(model, images, labels, class_names=class_names, batch_size=batch_size)
     tensor = next(model.parameters(), torch.empty(0))
     predictions = {k: [] for k in steps}
     generators = {k: torch.Generator(tensor.device).manual_seed(seed) for k in steps}
-    with evaluating(model):
+    with evaluating(model), repeating():
         for i in range(0, len(labels), batch_size):
             x = as_float(images[i : i + batch_size], tensor.dtype, tensor.device)
             y = labels[i : i + batch_size].to(tensor.device)

@@ -413,7 +413,9 @@ def explanations(panels: Mapping[str, pd.DataFrame]) -> Figure:
         x, y = table.columns[:2]
         ax.plot(table[x], table[y], "o", color="#8494a4", ms=5, alpha=0.8)
         if len(table) <= 12:
-            for i, (name, row) in enumerate(table.sort_values([x, y]).iterrows()):  # neighbours on different sides
+            column = (20 * (table[x] - table[x].min()) / np.ptp(table[x])).round().fillna(0)
+            order = np.lexsort([table[y], column])
+            for i, (name, row) in enumerate(table.iloc[order].iterrows()):  # neighbours on different sides
                 where = {"xytext": (4, 3)} if i % 2 else {"xytext": (-4, -3), "ha": "right", "va": "top"}
                 ax.annotate(str(name), (row[x], row[y]), textcoords="offset points", fontsize=9, **where)
         ax.set(xlabel=x, ylabel=y)
