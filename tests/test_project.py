@@ -89,6 +89,21 @@ def test_publish_writes_stored_runs_that_can_be_read_again(command, tiny, tmp_pa
     assert "unknown stored run" in err
 
 
+def test_publish_judges_each_run_in_its_own_ball(command, tiny, tmp_path):
+    from cfol_nb.runs import compute
+    from cfol_nb.suite import published
+
+    compute([tiny(seed=0), tiny(seed=1), tiny(eps=0.05)])
+    status, out, _ = command("publish", "digits-*", "digits-at-*", "--autoattack", "fast", "--results", str(tmp_path))
+    assert status == 0
+    assert len(out.splitlines()) == 3  # each once
+    for run in published(tmp_path):
+        attack = run.outcomes["last"].attacks["autoattack"]
+        assert attack["eps"] == run.config.eps
+        assert attack["version"] == "fast"
+        assert list(run.outcomes["last"].predictions)[-1] == "pgd20"
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
