@@ -136,7 +136,7 @@ def test_the_estimate_counts_a_parent_that_is_not_stored():
 
 def test_the_estimate_counts_the_remaking_of_images():
     parent = RunConfig(**TINY)
-    child = RunConfig(**TINY, parent=parent, objective="clean")
+    child = RunConfig(**{**TINY, "epochs": 12}, parent=parent, objective="clean")  # enough steps for a median
     remade = child.model_copy(update={"remake": {"name": "matched", "steps": 200}})
     compute([parent])
     guess, without = estimate(remade), estimate(child)
