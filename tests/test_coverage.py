@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import norm, pearsonr, spearmanr
 
 from benchmarks.coverage import CASES, coverage, outcomes
 from cfol_nb import stats
@@ -10,7 +11,7 @@ from cfol_nb import stats
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "simulations"),
-    [("like CIFAR-10, 60", 500), ("like digits, 60", 500), ("like CIFAR-10, 1000", 200), ("like CIFAR-100, 100", 500)],
+    [("like CIFAR-10, 60", 600), ("like digits, 60", 600), ("like CIFAR-10, 1000", 400), ("like CIFAR-100, 100", 600)],
 )
 def test_intervals_hold_in_93_to_97_per_cent(case, simulations):
     accuracy, n = CASES[f"{case} a class"]
@@ -65,20 +66,59 @@ def test_the_interval_of_a_class_holds_with_its_level():
         assert 0.94 < np.mean(shares) < 0.96
 
 
-def test_levelling_merges_what_cannot_be_told_apart_and_nothing_else():
-    n = np.full(10, 1000)
-    apart = np.arcsin(np.sqrt(np.linspace(0.1, 0.9, 10)))
-    np.testing.assert_allclose(stats.levelled(apart, n), apart)
+def test_draws_of_the_true_accuracies_are_those_of_the_hierarchical_model():
+    """Mean and spread of each class by numerical integration over the population's mean and spread."""
+    rng, k, size = np.random.default_rng(0), 6, 0.06
+    angle = np.array([0.55, 0.6, 0.62, 0.75, 0.8, 0.9])
+    drawn = np.arcsin(
+        np.sqrt(
+            stats.true_accuracies(
+                angle, np.full(k, size), size * rng.standard_normal((200_000, k)), rng.random(200_000)
+            )
+        )
+    )
+    steps = np.geomspace(0.2, 1.5 / size, 2000)  # finer than there, and its own arithmetic
+    prior = np.r_[2, np.log(steps[1] / steps[0]) * np.where(steps > 1, steps**2, 1)]
+    spread, centre = size * np.r_[0, steps][:, None], np.linspace(-1, 2.5, 7001)
+    like = np.ones((len(spread), len(centre)))
+    for y in angle:
+        v = size**2 + spread**2
+        like *= np.exp(-((y - centre) ** 2) / (2 * v)) / np.sqrt(v)
+    like *= prior[:, None]
+    like /= like.sum()
+    kept = spread**2 / (size**2 + spread**2)
+    for c, y in enumerate(angle):
+        mean = kept * y + (1 - kept) * centre
+        first, second = (like * mean).sum(), (like * (mean**2 + kept * size**2)).sum()
+        assert drawn[:, c].mean() == pytest.approx(first, abs=0.0008)
+        assert drawn[:, c].std() == pytest.approx(np.sqrt(second - first**2), rel=0.02)
+
+
+def test_classes_that_are_alike_are_drawn_together_and_others_stay_apart():
     rng = np.random.default_rng(0)
-    alike = rng.normal(0.8, 1 / np.sqrt(4000), 10)
-    np.testing.assert_allclose(stats.levelled(alike, n), alike.mean())
-    two = np.r_[alike[:5] - 0.3, alike[5:] + 0.3][rng.permutation(10)]
-    got = stats.levelled(two, n)
-    low = two < 0.8
-    np.testing.assert_allclose(got[low], two[low].mean())
-    np.testing.assert_allclose(got[~low], two[~low].mean())
-    weighted = stats.levelled(np.array([0.5, 0.51]), np.array([10, 30]))
-    np.testing.assert_allclose(weighted, (42 * 0.5 + 122 * 0.51) / 164)
+    noise, rank = rng.standard_normal((4000, 10)), rng.random(4000)
+    alike = rng.normal(1.0, 0.005, 10)
+    drawn = stats.true_accuracies(alike, np.full(10, 0.02), 0.02 * noise, rank)
+    assert np.median(np.ptp(drawn, axis=1)) == 0
+    assert (drawn.std(0) < 0.6 * 0.02 * np.sin(2.0)).all()
+    apart = np.linspace(0.2, 1.4, 10)
+    drawn = stats.true_accuracies(apart, np.full(10, 0.01), 0.01 * noise, rank)
+    np.testing.assert_allclose(drawn.mean(0), np.sin(apart) ** 2, atol=0.002)
+    size = np.r_[0.001, np.full(9, 0.1)]  # what is measured well does not move, nor is it moved by the others
+    drawn = stats.true_accuracies(np.r_[0.9, np.full(9, 0.8)], size, size * noise, rank)
+    np.testing.assert_allclose(drawn[:, 0].mean(), np.sin(0.9) ** 2, atol=0.001)
+    assert drawn[:, 1:].mean() > np.sin(0.8) ** 2 + 0.01
+
+
+def test_like_runs_err_alike():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 10))
+    ranks = stats._ranks(np.stack([a, a, b]), 20_000, np.random.default_rng(1))
+    np.testing.assert_allclose(np.histogram(ranks, 10, (0, 1))[0] / ranks.size, 0.1, atol=0.01)
+    np.testing.assert_allclose(ranks[:, 0], ranks[:, 1], atol=1e-3)
+    assert pearsonr(*norm.ppf(ranks[:, [0, 2]]).T).statistic == pytest.approx(spearmanr(a, b).statistic ** 2, abs=0.02)
+    alone = stats._ranks(a[None], 20_000, np.random.default_rng(1))
+    np.testing.assert_allclose(alone[:, 0], ranks[:, 0], atol=1e-6)  # whatever it is compared with
 
 
 def test_bootstrap_of_the_mean_agrees_with_scipy():
