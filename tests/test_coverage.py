@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.special import comb
 from scipy.stats import norm, pearsonr, spearmanr
 
 from benchmarks.coverage import CASES, coverage, outcomes
@@ -108,6 +109,42 @@ def test_classes_that_are_alike_are_drawn_together_and_others_stay_apart():
     drawn = stats.true_accuracies(np.r_[0.9, np.full(9, 0.8)], size, size * noise, rank)
     np.testing.assert_allclose(drawn[:, 0].mean(), np.sin(0.9) ** 2, atol=0.001)
     assert drawn[:, 1:].mean() > np.sin(0.8) ** 2 + 0.01
+
+
+def test_classes_are_cut_into_populations_where_that_is_likelier():
+    """Every cut by numerical integration over the centres and spreads of its two sides; e^2 times likelier."""
+    size = 0.06
+    steps = np.geomspace(0.2, 1.5 / size, 100)
+    spread, share = size * np.r_[0, steps], np.r_[2, np.full(100, np.log(steps[1] / steps[0]))]
+    centre, step = np.linspace(-6, 8, 3501, retstep=True)
+
+    def likelihood(y: np.ndarray) -> float:
+        each = norm.pdf(y[:, None, None], centre, np.sqrt(size**2 + spread**2)[:, None]).prod(0)
+        return share @ each.sum(1) / share.sum() * step * 2 / np.pi
+
+    rng, seen = np.random.default_rng(0), []
+    for i in range(30):
+        y = rng.normal(0.8, 0.05, 5) + (i % 3) * 0.25 * (np.arange(5) < 1 + i % 2)
+        o = np.argsort(y)
+        odds = [likelihood(y[o[:j]]) * likelihood(y[o[j:]]) / comb(5, j) / 4 for j in range(1, 5)]
+        cut = int(np.argmax(odds)) + 1
+        got = stats.populations(y, np.full(5, size))
+        seen.append(max(odds) > np.exp(2) * likelihood(y))
+        assert (len(got) > 1) == seen[-1]
+        if seen[-1]:  # each side may be cut again
+            assert any(sorted(np.concatenate(got[:n])) == sorted(o[:cut]) for n in range(1, len(got)))
+    assert 5 < sum(seen) < 25
+
+
+def test_one_class_far_from_equal_ones_leaves_them_together():
+    rng = np.random.default_rng(0)
+    angle, size = np.r_[0.4, rng.normal(1.1, 0.06, 9)], np.full(10, 0.06)
+    first, rest = stats.populations(angle, size)
+    assert list(first) == [0]
+    assert sorted(rest) == [*range(1, 10)]
+    drawn = stats.true_accuracies(angle, size, 0.06 * rng.standard_normal((4000, 10)), rng.random(4000))
+    assert np.quantile(drawn[:, 1:].min(1), 0.5) > np.sort(np.sin(angle) ** 2)[1]
+    np.testing.assert_allclose(np.median(drawn[:, 0]), np.sin(0.4) ** 2, atol=0.005)
 
 
 def test_like_runs_err_alike():

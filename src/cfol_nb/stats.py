@@ -183,67 +183,68 @@ def _angle(accuracy: np.ndarray) -> np.ndarray:
     return np.arcsin(np.sqrt(np.clip(accuracy, 0, 1)))
 
 
-def _populations(angle: np.ndarray, size: np.ndarray) -> list[np.ndarray]:
-    """Indices of the classes (K,) of each population: one, unless a cut between neighbours makes two likelier, by their
-    marginal likelihoods with centres anywhere and each choice of as many classes as likely as another; and so on."""
+def _spreads(size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(G, 1) spreads that a population may have, and their prior: exactly equal classes count as much as two factors of
+    e in the spread."""
+    typical = np.sqrt(np.mean(size**2))
+    steps = np.geomspace(0.2, 1.5 / typical, 100)
+    return typical * np.r_[0, steps][:, None], np.r_[2, np.full(len(steps), np.log(steps[1] / steps[0]))]
+
+
+def populations(angle: np.ndarray, size: np.ndarray) -> list[np.ndarray]:
+    """Indices of the classes of each population, in the order of their angles (K,), measured with noise of this size
+    (K,). One, unless a cut between neighbours makes two e^2 times likelier, and so on.
+
+    Likelier: by the marginal likelihood, with the centre of a population anywhere, its spread as in `_spreads`, and all
+    choices of as many classes as likely as each other.
+    """
     order, k = np.argsort(angle), len(angle)
     if k == 1:
         return [order]
-    y, steps, spread = angle[order], *_spreads(size)
+    y, (spread, prior) = angle[order], _spreads(size)
     weight = 1 / (size[order] ** 2 + spread**2)
-    prior = np.log(np.r_[2, np.full(len(steps), np.log(steps[1] / steps[0]))])[:, None]
-    prior -= logsumexp(prior)
     below = np.stack([np.log(weight), weight, weight * y, weight * y**2]).cumsum(-1)
+    whole, below = below[..., -1:], below[..., :-1]
 
     def evidence(sums: np.ndarray) -> np.ndarray:
         logs, w, wy, wyy = sums
-        return logsumexp((logs - np.log(w) - wyy + wy**2 / w) / 2 + prior, axis=0)
+        return logsumexp((logs - np.log(w) - wyy + wy**2 / w) / 2, axis=0, b=prior[:, None] / prior.sum())
 
-    all_, below = below[..., -1:], below[..., :-1]
-    j = np.arange(1, k)
-    gain = evidence(below) + evidence(all_ - below) - evidence(all_)
-    gain += np.log(2 / np.pi * np.sqrt(2 * np.pi)) - np.log(k - 1) - np.log(comb(k, j))
-    cut = int(gain.argmax()) + 1
-    if gain.max() <= 0:
+    chosen = np.log(8 / np.pi) / 2 - np.log((k - 1) * comb(k, np.arange(1, k)))  # a second centre, and which classes
+    gain = evidence(below) + evidence(whole - below) - evidence(whole) + chosen
+    if gain.max() <= 2:
         return [order]
-    return [part[i] for part in (order[:cut], order[cut:]) for i in _populations(angle[part], size[part])]
-
-
-def _spreads(size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Spreads of a population to be tried, in units of the typical noise, and (G, 1) as they are with 0 before them."""
-    typical = np.sqrt(np.mean(size**2))
-    steps = np.geomspace(0.2, 1.5 / typical, 100)
-    return steps, typical * np.r_[0, steps][:, None]
+    cut = gain.argmax() + 1
+    return [part[i] for part in (order[:cut], order[cut:]) for i in populations(angle[part], size[part])]
 
 
 def true_accuracies(angle: np.ndarray, size: np.ndarray, noise: np.ndarray, rank: np.ndarray) -> np.ndarray:
     """(D, K) draws of true class accuracies, given that the classes are a sample of a normal population, or of several
-    where some stand clearly apart.
+    where some stand clearly apart (`populations`).
 
     angle: (K,) measured; size: (K,) standard deviation of their noise; noise: (D, K) draws of it; rank: (D,) in [0, 1],
-    which quantile of the posterior of the population's spread each draw takes.
+    which quantile of the posterior of a population's spread each draw takes.
 
     A measured accuracy moves towards the mean of its population, the further the noisier it is, so that the draws are
-    spread as true accuracies are, not as measured ones. A priori the spread is uniform in its logarithm up to the noise
-    and in its square beyond it (whose intervals hold well: Morris and Tang 2011), and exactly equal classes count as
-    much as two factors of e in the spread.
+    spread as true accuracies are, not as measured ones. Beyond the noise the spread is uniform in its square a priori,
+    which makes intervals that hold (Morris and Tang 2011), below it in its logarithm.
     """
-    out = np.empty_like(noise)
-    for one in _populations(angle, size):
-        out[:, one] = _drawn(angle[one], size[one], noise[:, one], rank)
+    out = angle + noise
+    for own in populations(angle, size):
+        if len(own) > 1:
+            out[:, own] = _drawn(angle[own], size[own], noise[:, own], rank)
     return np.sin(out) ** 2
 
 
 def _drawn(angle: np.ndarray, size: np.ndarray, noise: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    if len(angle) == 1:
-        return angle + noise
-    steps, spread = _spreads(size)
+    """`true_accuracies` as angles, of one population."""
+    spread, prior = _spreads(size)
     weight = 1 / (size**2 + spread**2)
     total = weight.sum(1, keepdims=True)
     mean = weight @ angle[:, None] / total
     fit = (np.log(weight) - weight * (angle - mean) ** 2).sum(1) - np.log(total[:, 0])
-    prior = np.r_[2, np.log(steps[1] / steps[0]) * np.maximum(steps, 1) ** 2]
-    posterior = np.cumsum(prior * np.exp((fit - fit.max()) / 2))
+    beyond = np.maximum((spread[:, 0] / np.sqrt(np.mean(size**2))) ** 2, 1)
+    posterior = np.cumsum(prior * beyond * np.exp((fit - fit.max()) / 2))
     i = np.searchsorted(posterior, rank * posterior[-1])
     kept = (spread**2 * weight)[i]
     common = (weight[i] * noise).sum(1, keepdims=True) / total[i]
@@ -265,7 +266,7 @@ def _statistics(
 
     def true(accuracy: np.ndarray, drawn: np.ndarray, rank: np.ndarray) -> np.ndarray:
         noise = _angle(drawn)
-        noise -= noise.mean(0)
+        noise = (noise - noise.mean(0)) * np.sqrt((n + 2) / n)  # with the prior's image there are n + 1 for n
         return true_accuracies(_angle((accuracy * n + 0.375) / (n + 0.75)), noise.std(0), noise, rank)  # Anscombe 1948
 
     each = np.stack([true(a, sampled[:, i], ranks[:, i]) for i, a in enumerate(observed)], 1)
