@@ -127,14 +127,8 @@ def main() -> None:
         except FileNotFoundError:
             print("data/cifar10 is not there: digits only")
             continue
-        name, model, eps, rounds, x, y = (
-            case.name,
-            case.model,
-            case.eps,
-            case.rounds,
-            case.x[: case.n],
-            case.y[: case.n],
-        )
+        name, model, eps, rounds = case.name, case.model, case.eps, case.rounds
+        x, y = case.x[: case.n], case.y[: case.n]
         work = {THEIRS: elsewhere(__file__, number)}
         network = []
 

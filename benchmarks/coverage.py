@@ -24,7 +24,8 @@ CASES = {  # class accuracies, images per class
     "10 equal classes, 1000 a class": (np.full(10, 0.5), 1000),
     "100 equal classes, 100 a class": (np.full(100, 0.5), 100),
 }
-SIMULATIONS, SEED = 1000, 1  # what `stats.summary` does was chosen at other seeds
+# `stats.summary` was chosen on these cases, at other seeds; seed 1 was looked at once before its last two constants
+SIMULATIONS, SEED = 1000, 1
 
 
 def outcomes(right: np.ndarray, labels: np.ndarray, k: int) -> Outcomes:
