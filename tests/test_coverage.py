@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from scipy.special import comb
-from scipy.stats import norm, pearsonr, spearmanr
+from scipy.stats import kstest, norm, pearsonr, spearmanr
 
 from benchmarks.coverage import CASES, coverage, outcomes
 from cfol_nb import stats
@@ -40,12 +40,12 @@ def test_the_worst_class_with_few_right_answers_is_not_surer_than_a_class_alone(
     got, difference = stats.summary(a), stats.summary(b, versus=a)
     monkeypatch.setattr(stats, "FEW", 0)
     before, difference_before = stats.summary(a), stats.summary(b, versus=a)
-    few, worst = right < 10, ["worst", "worst_of_mean"]
+    more, worst = 0.0005 * (10 - right), ["worst", "worst_of_mean"]
     ends = ["low", "high"]
-    if few:
+    if right < 10:
         assert (got.loc[worst, "high"] >= stats.wilson(right, 100)[1]).all()
-    half = np.array([-0.005, 0.005]) * few
-    np.testing.assert_allclose(difference.loc[worst, ends], difference_before.loc[worst, ends] + half)
+    wider = difference_before.loc[worst, ends] + np.array([-more, more])  # half an image where none is right
+    np.testing.assert_allclose(difference.loc[worst, ends], wider)
     others = [k for k in got.index if k not in worst]
     np.testing.assert_array_equal(got.loc[others, ends], before.loc[others, ends])
     np.testing.assert_array_equal(difference.loc[others, ends], difference_before.loc[others, ends])
@@ -74,7 +74,7 @@ def test_draws_of_the_true_accuracies_are_those_of_the_hierarchical_model():
     drawn = np.arcsin(
         np.sqrt(
             stats.true_accuracies(
-                angle, np.full(k, size), size * rng.standard_normal((200_000, k)), rng.random(200_000)
+                angle, np.full(k, size), size * rng.standard_normal((200_000, k)), rng.standard_normal((200_000, 1 + k))
             )
         )
     )
@@ -97,16 +97,16 @@ def test_draws_of_the_true_accuracies_are_those_of_the_hierarchical_model():
 
 def test_classes_that_are_alike_are_drawn_together_and_others_stay_apart():
     rng = np.random.default_rng(0)
-    noise, rank = rng.standard_normal((4000, 10)), rng.random(4000)
+    noise, chance = rng.standard_normal((4000, 10)), rng.standard_normal((4000, 11))
     alike = rng.normal(1.0, 0.005, 10)
-    drawn = stats.true_accuracies(alike, np.full(10, 0.02), 0.02 * noise, rank)
+    drawn = stats.true_accuracies(alike, np.full(10, 0.02), 0.02 * noise, chance)
     assert np.median(np.ptp(drawn, axis=1)) == 0
     assert (drawn.std(0) < 0.6 * 0.02 * np.sin(2.0)).all()
     apart = np.linspace(0.2, 1.4, 10)
-    drawn = stats.true_accuracies(apart, np.full(10, 0.01), 0.01 * noise, rank)
+    drawn = stats.true_accuracies(apart, np.full(10, 0.01), 0.01 * noise, chance)
     np.testing.assert_allclose(drawn.mean(0), np.sin(apart) ** 2, atol=0.002)
     size = np.r_[0.001, np.full(9, 0.1)]  # what is measured well does not move, nor is it moved by the others
-    drawn = stats.true_accuracies(np.r_[0.9, np.full(9, 0.8)], size, size * noise, rank)
+    drawn = stats.true_accuracies(np.r_[0.9, np.full(9, 0.8)], size, size * noise, chance)
     np.testing.assert_allclose(drawn[:, 0].mean(), np.sin(0.9) ** 2, atol=0.001)
     assert drawn[:, 1:].mean() > np.sin(0.8) ** 2 + 0.01
 
@@ -142,7 +142,7 @@ def test_one_class_far_from_equal_ones_leaves_them_together():
     first, rest = stats.populations(angle, size)
     assert list(first) == [0]
     assert sorted(rest) == [*range(1, 10)]
-    drawn = stats.true_accuracies(angle, size, 0.06 * rng.standard_normal((4000, 10)), rng.random(4000))
+    drawn = stats.true_accuracies(angle, size, 0.06 * rng.standard_normal((4000, 10)), rng.standard_normal((4000, 11)))
     assert np.quantile(drawn[:, 1:].min(1), 0.5) > np.sort(np.sin(angle) ** 2)[1]
     np.testing.assert_allclose(np.median(drawn[:, 0]), np.sin(0.4) ** 2, atol=0.005)
 
@@ -150,12 +150,24 @@ def test_one_class_far_from_equal_ones_leaves_them_together():
 def test_like_runs_err_alike():
     rng = np.random.default_rng(0)
     a, b = rng.random((2, 10))
-    ranks = stats._ranks(np.stack([a, a, b]), 20_000, np.random.default_rng(1))
-    np.testing.assert_allclose(np.histogram(ranks, 10, (0, 1))[0] / ranks.size, 0.1, atol=0.01)
-    np.testing.assert_allclose(ranks[:, 0], ranks[:, 1], atol=1e-3)
-    assert pearsonr(*norm.ppf(ranks[:, [0, 2]]).T).statistic == pytest.approx(spearmanr(a, b).statistic ** 2, abs=0.02)
-    alone = stats._ranks(a[None], 20_000, np.random.default_rng(1))
-    np.testing.assert_allclose(alone[:, 0], ranks[:, 0], atol=1e-6)  # whatever it is compared with
+    got = stats._chances(np.stack([a, a, b]), 20_000, np.random.default_rng(1))
+    np.testing.assert_allclose(got[:, 0], got[:, 1], atol=1e-3)
+    alike = spearmanr(a, b).statistic
+    for i, expected in enumerate([alike**2, *[alike] * 10]):
+        assert kstest(got[:, 2, i], "norm").pvalue > 1e-4
+        assert pearsonr(got[:, 0, i], got[:, 2, i]).statistic == pytest.approx(expected, abs=0.02)
+    assert np.abs(np.corrcoef(got[:, 2].T) - np.eye(11)).max() < 0.03
+    alone = stats._chances(a[None], 20_000, np.random.default_rng(1))
+    np.testing.assert_allclose(alone[:, 0], got[:, 0], atol=1e-6)  # whatever it is compared with
+
+
+def test_a_difference_stays_what_a_difference_can_be():
+    labels = np.repeat(np.arange(3), 40)
+    every, none = outcomes(labels >= 0, labels, 3), outcomes(labels < 0, labels, 3)
+    got = stats.summary(every, versus=none)
+    assert (got.loc[["mean", "tail", "worst", "worst_of_mean"], "value"] == 1).all()
+    assert got["high"].max() <= 1
+    assert (stats.summary(every, versus=every)[["low", "high"]] == 0).all(axis=None)
 
 
 def test_bootstrap_of_the_mean_agrees_with_scipy():

@@ -218,12 +218,13 @@ def populations(angle: np.ndarray, size: np.ndarray) -> list[np.ndarray]:
     return [part[i] for part in (order[:cut], order[cut:]) for i in populations(angle[part], size[part])]
 
 
-def true_accuracies(angle: np.ndarray, size: np.ndarray, noise: np.ndarray, rank: np.ndarray) -> np.ndarray:
+def true_accuracies(angle: np.ndarray, size: np.ndarray, noise: np.ndarray, chance: np.ndarray) -> np.ndarray:
     """(D, K) draws of true class accuracies, given that the classes are a sample of a normal population, or of several
     where some stand clearly apart (`populations`).
 
-    angle: (K,) measured; size: (K,) standard deviation of their noise; noise: (D, K) draws of it; rank: (D,) in [0, 1],
-    which quantile of the posterior of a population's spread each draw takes.
+    angle: (K,) measured; size: (K,) standard deviation of their noise; noise: (D, K) draws of it; chance: (D, 1 + K)
+    standard normal, for the spread of a population (the quantile of its posterior) and for what stays unknown of each
+    class.
 
     A measured accuracy moves towards the mean of its population, the further the noisier it is, so that the draws are
     spread as true accuracies are, not as measured ones. Beyond the noise the spread is uniform in its square a priori,
@@ -232,48 +233,58 @@ def true_accuracies(angle: np.ndarray, size: np.ndarray, noise: np.ndarray, rank
     out = angle + noise
     for own in populations(angle, size):
         if len(own) > 1:
-            out[:, own] = _drawn(angle[own], size[own], noise[:, own], rank)
+            out[:, own] = _drawn(angle[own], size[own], noise[:, own], chance[:, [0, *(own + 1)]])
     return np.sin(out) ** 2
 
 
-def _drawn(angle: np.ndarray, size: np.ndarray, noise: np.ndarray, rank: np.ndarray) -> np.ndarray:
+def _drawn(angle: np.ndarray, size: np.ndarray, noise: np.ndarray, chance: np.ndarray) -> np.ndarray:
     """`true_accuracies` as angles, of one population."""
     spread, prior = _spreads(size)
     weight = 1 / (size**2 + spread**2)
     total = weight.sum(1, keepdims=True)
-    mean = weight @ angle[:, None] / total
-    fit = (np.log(weight) - weight * (angle - mean) ** 2).sum(1) - np.log(total[:, 0])
+    fit = (np.log(weight) - weight * (angle - weight @ angle[:, None] / total) ** 2).sum(1) - np.log(total[:, 0])
     beyond = np.maximum((spread[:, 0] / np.sqrt(np.mean(size**2))) ** 2, 1)
     posterior = np.cumsum(prior * beyond * np.exp((fit - fit.max()) / 2))
-    i = np.searchsorted(posterior, rank * posterior[-1])
-    kept = (spread**2 * weight)[i]
-    common = (weight[i] * noise).sum(1, keepdims=True) / total[i]
-    return mean[i] + kept * (angle - mean[i]) + common + np.sqrt(kept) * (noise - common)
+    i = np.searchsorted(posterior, ndtr(chance[:, 0]) * posterior[-1])
+    weight, kept = (weight / total)[i], (spread**2 * weight)[i]
+
+    def centre(x: np.ndarray) -> np.ndarray:
+        return (weight * x).sum(1, keepdims=True)
+
+    seen, unknown = angle + noise, size * chance[:, 1:]
+    return centre(seen) + kept * (seen - centre(seen)) + np.sqrt(kept * (1 - kept)) * (unknown - centre(unknown))
 
 
-def _ranks(observed: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(draws, S) for `true_accuracies`: uniform, and the more alike the more the order of the classes agrees in two of
-    the runs (S, K) (Spearman's correlation, squared), so that the like errors of like runs cancel in a difference."""
+def _chances(observed: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """(draws, S, 1 + K) for `true_accuracies`, so that the like errors of like runs cancel in a difference.
+
+    What stays unknown of a class is correlated between two of the runs (S, K) as the order of their classes is
+    (Spearman), and the spreads with its square, as those of two correlated normal samples are.
+    """
     order = observed.argsort(1, kind="stable").argsort(1)
-    alike = np.atleast_2d(np.corrcoef(order)) ** 2 + 1e-9 * np.eye(len(order))  # positive definite also for equal runs
-    return ndtr(np.linalg.cholesky(alike) @ rng.standard_normal((len(order), draws))).T
+    alike, exact = np.atleast_2d(np.corrcoef(order)), 1e-9 * np.eye(len(order))  # positive definite for equal runs, too
+    chance = rng.standard_normal((len(order), draws, 1 + order.shape[1]))
+    chance[..., 0] = np.linalg.cholesky(alike**2 + exact) @ chance[..., 0]
+    chance[..., 1:] = np.tensordot(np.linalg.cholesky(alike + exact), chance[..., 1:], 1)
+    return chance.swapaxes(0, 1)
 
 
 def _statistics(
-    observed: np.ndarray, sampled: np.ndarray, n: np.ndarray, runs: np.ndarray, ranks: np.ndarray
+    observed: np.ndarray, sampled: np.ndarray, n: np.ndarray, runs: np.ndarray, chances: np.ndarray
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Each statistic of (S, K) accuracies, and draws of what it truly is."""
 
-    def true(accuracy: np.ndarray, drawn: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    def true(accuracy: np.ndarray, drawn: np.ndarray, chance: np.ndarray) -> np.ndarray:
         noise = _angle(drawn)
         noise = (noise - noise.mean(0)) * np.sqrt((n + 2) / n)  # with the prior's image there are n + 1 for n
-        return true_accuracies(_angle((accuracy * n + 0.375) / (n + 0.75)), noise.std(0), noise, rank)  # Anscombe 1948
+        angle = _angle((accuracy * n + 0.375) / (n + 0.75))  # Anscombe 1948
+        return true_accuracies(angle, noise.std(0), noise, chance)
 
-    each = np.stack([true(a, sampled[:, i], ranks[:, i]) for i, a in enumerate(observed)], 1)
+    each = np.stack([true(a, sampled[:, i], chances[:, i]) for i, a in enumerate(observed)], 1)
     each = np.take_along_axis(each, runs, 1)
     out = {name: (f(observed).mean(-1), f(each).mean(-1)) for name, f in STATISTICS.items()}
     mean = observed.mean(0)
-    moved = true(mean, np.take_along_axis(sampled, runs, 1).mean(1), ranks[:, 0])
+    moved = true(mean, np.take_along_axis(sampled, runs, 1).mean(1), chances[:, 0])
     return {**out, "worst_of_mean": (STATISTICS["worst"](mean), STATISTICS["worst"](moved))}
 
 
@@ -298,7 +309,7 @@ def summary(
     accuracies lies below the true minimum, the more the more classes are alike; the draws are therefore those of a
     hierarchical model (`true_accuracies`), and the interval is widened to hold the value where it does not.
     With fewer than ten right answers in the worst class, its interval reaches at least as high as that of one class
-    alone, and a difference half an image farther on both sides (5/K of one with K > 10 classes).
+    alone, and a difference farther on both sides, up to half an image where none is right (5/K of one, K > 10 classes).
     Simulated coverage of the stated 95 % is in benchmarks/coverage.py and tests/test_coverage.py.
     bias: the value minus the mean of those draws, an estimate of how far the noise of the test set takes it off.
     """
@@ -331,30 +342,32 @@ def _summaries(
         (sampled, rng), at = _resampled(every, name, draws, seed), len(others)
 
         def parts(own: slice, at=at, rng=rng, images=images, observed=observed, sampled=sampled) -> dict:
-            n, beside = own.stop - own.start, min(at, own.start)  # the ranks of the others do not depend on the own
+            n, beside = own.stop - own.start, min(at, own.start)  # the chances of the others do not depend on the own
             runs = copy.deepcopy(rng).integers(n, size=(draws, n, 1))
-            ranks = _ranks(np.concatenate([observed[:beside], observed[own]]), draws, copy.deepcopy(rng))[:, beside:]
-            return _statistics(observed[own], sampled[:, own], images, runs, ranks)
+            both = np.concatenate([observed[:beside], observed[own]])
+            chances = _chances(both, draws, copy.deepcopy(rng))[:, beside:]
+            return _statistics(observed[own], sampled[:, own], images, runs, chances)
 
         base = parts(slice(0, at)) if others else {}
         for label in labels:
             own = slice(at, at := at + len(groups[label]))
             table = parts(own)
-            if others:
-                table = {k: tuple(a - b for a, b in zip(table[k], base[k], strict=True)) for k in table}
-            right = (observed[[*range(len(others)), *range(own.start, own.stop)]] * images).min(0)
-            least, rows = int(right.argmin()), {}
             differ = any(
                 (a.correct(name) != b.correct(name)).any() for a, b in zip(groups[label], others, strict=False)
             )
-            few = right[least] < FEW and (differ or not others)
+            if others:
+                against = base if differ else table  # runs with the same answers differ by exactly 0
+                table = {k: tuple(a - b for a, b in zip(table[k], against[k], strict=True)) for k in table}
+            right = (observed[[*range(len(others)), *range(own.start, own.stop)]] * images).min(0)
+            least, rows = int(right.argmin()), {}
+            few = max(0, FEW - right[least]) * (differ or not others)
             for k, (value, drawn) in table.items():
                 low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
                 if k.startswith("worst") and few:  # what is drawn above varies too little
                     n = images[least]
                     if others:
-                        half = min(0.5, 5 / len(images)) / n
-                        low, high = low - half, high + half
+                        more = few / FEW * min(0.5, 5 / len(images)) / n
+                        low, high = max(low - more, -1), min(high + more, 1)
                     else:
                         high = max(high, wilson(round(value * n), n, confidence)[1])
                 rows[k] = value, min(low, value), max(high, value), value - drawn.mean(), own.stop - own.start
