@@ -311,7 +311,7 @@ def summary(
     With fewer than ten right answers in the worst class, its interval reaches at least as high as that of one class
     alone, and a difference farther on both sides, up to half an image where none is right (5/K of one, K > 10 classes).
     Simulated coverage of the stated 95 % is in benchmarks/coverage.py and tests/test_coverage.py. It fails where many
-    classes lie close to the worst: of 100 evenly spaced ones the worst lies above its interval in half of them.
+    classes lie close to the worst: of 100 evenly spaced ones the worst lies above its interval half of the time.
     bias: the value minus the mean of those draws, an estimate of how far the noise of the test set takes it off.
     """
     return _summaries({"": several}, attack, versus, confidence, draws, seed)[""]
