@@ -252,7 +252,8 @@ def _drawn(angle: np.ndarray, size: np.ndarray, noise: np.ndarray, chance: np.nd
         return (weight * x).sum(1, keepdims=True)
 
     seen, unknown = angle + noise, size * chance[:, 1:]
-    return centre(seen) + kept * (seen - centre(seen)) + np.sqrt(kept * (1 - kept)) * (unknown - centre(unknown))
+    middle = centre(seen)
+    return middle + kept * (seen - middle) + np.sqrt(kept * (1 - kept)) * (unknown - centre(unknown))
 
 
 def _chances(observed: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
