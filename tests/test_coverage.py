@@ -17,12 +17,12 @@ from cfol_nb import stats
         ("like digits, 60 a class", 600),
         ("like CIFAR-10, 1000 a class", 400),
         ("like CIFAR-100, 100 a class", 600),
-        ("drawn anew, 10 of 60", 600),
+        ("drawn from Beta(5, 4), 10 of 60", 600),
     ],
 )
 def test_intervals_hold_in_93_to_97_per_cent(case, simulations):
     noise = 2.5 * np.sqrt(0.95 * 0.05 / simulations)  # of the simulation itself
-    for name, share in coverage(*CASES[case], simulations).items():
+    for name, share in coverage(*CASES[case], simulations=simulations).items():
         assert 0.93 - noise <= share <= 0.97 + noise, (name, share)
 
 
@@ -33,7 +33,7 @@ def test_intervals_hold_in_93_to_97_per_cent(case, simulations):
     ids=["equal", "outlier", "nearly 0"],
 )
 def test_single_intervals_hold_where_classes_are_equal_or_one_stands_alone(accuracy, n):
-    held = coverage(accuracy, n, 250)
+    held = coverage(accuracy, n, simulations=250)
     assert min(held["mean"], held["tail"], held["worst"]) >= 0.92, held
 
 
