@@ -82,7 +82,7 @@ def test_a_difference_reaches_as_much_farther_as_one_side_does_than_the_other(mo
     a, b = (outcomes(rng.random(3000) < p[labels], labels, 30) for p in (np.linspace(0.2, 0.9, 30), weak))
     cases = {"a": {}, "b": {}, "a - b": {"versus": b}, "b - a": {"versus": a}}
     after = {k: stats.summary(b if k[0] == "b" else a, **v) for k, v in cases.items()}
-    monkeypatch.setattr(stats, "OUTWARD", {})
+    monkeypatch.setattr(stats, "ALIKE", {})
     farther = {k: after[k] - stats.summary(b if k[0] == "b" else a, **v) for k, v in cases.items()}
     for name, near, far in (("worst", "low", "high"), ("deviation", "low", "high"), ("gap", "high", "low")):
         more = {k: f.loc[name] for k, f in farther.items()}

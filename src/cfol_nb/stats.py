@@ -81,12 +81,12 @@ STATISTICS = {
     "std": lambda a: np.std(a, -1),  # between classes, population form
     "deviation": lambda a: np.min(a, -1) - np.mean(a, -1),  # Benz et al.'s worst negative deviation
 }
-OUTWARD = {
+ALIKE = {
     "tail": 1,
     "worst": 1,
     "gap": -1,
     "deviation": 1,
-}  # noise moves them the other way, the more classes are alike
+}  # rise or fall as classes become alike; noise does the reverse
 
 
 def deviation(accuracy: np.ndarray) -> np.ndarray:
@@ -288,16 +288,15 @@ def _beyond(
     that those beyond the cut are equal. The further the cut, the fewer draws of the noise (D, S, K) lead as far out as
     what was measured; a cut is refused where at most 1 - confidence do.
     """
-    size, away = noise.std(0), np.sign(angle - angle.mean(-1, keepdims=True))
-    ends, step = (angle.min(-1, keepdims=True), angle.max(-1, keepdims=True)), size.max(-1, keepdims=True) / 5
-    again, outward = np.roll(noise, 1, axis=0), angle + away * size / 2  # the draws hold the noise of their own row
-    sign = {name: OUTWARD[name] for name in drawn if name in OUTWARD}
+    size, ends = noise.std(0), (angle.min(-1, keepdims=True), angle.max(-1, keepdims=True))
+    outward = angle + np.sign(angle - angle.mean(-1, keepdims=True)) * size / 2
+    sign = {name: ALIKE[name] for name in drawn if name in ALIKE}
     seen = {name: s * STATISTICS[name](np.sin(angle) ** 2).mean() for name, s in sign.items()}
     truth, share = {name: [] for name in sign}, {name: [] for name in sign}
-    for cut in step * np.arange(31)[:, None, None]:
+    for cut in size.max(-1, keepdims=True) * np.linspace(0, 6, 31)[:, None, None]:
         low = ends[0] + cut
         true = np.clip(outward, low, np.maximum(ends[1] - cut, low))
-        measured = np.take_along_axis(np.sin(true + again) ** 2, runs, 1)
+        measured = np.take_along_axis(np.sin(true + noise) ** 2, runs, 1)
         for name, s in sign.items():
             truth[name].append(s * STATISTICS[name](np.sin(true) ** 2).mean())
             share[name].append(np.mean(s * STATISTICS[name](measured).mean(-1) <= seen[name]))
