@@ -282,9 +282,9 @@ def test_readme_names_what_exists():
         assert (ROOT / name).is_dir(), name
 
 
-def test_every_notebook_is_in_the_readme():
+def test_every_notebook_has_a_row_in_the_readme():
     for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
-        assert path.name in README
+        assert re.search(rf"^\| \[`{path.stem}`\]\(notebooks/{path.name}\) \|.+\|$", README, re.M), path.name
 
 
 def test_the_report_is_a_page_for_every_notebook_and_needs_no_network(tmp_path, monkeypatch):

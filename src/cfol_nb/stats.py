@@ -81,12 +81,7 @@ STATISTICS = {
     "std": lambda a: np.std(a, -1),  # between classes, population form
     "deviation": lambda a: np.min(a, -1) - np.mean(a, -1),  # Benz et al.'s worst negative deviation
 }
-ALIKE = {
-    "tail": 1,
-    "worst": 1,
-    "gap": -1,
-    "deviation": 1,
-}  # rise or fall as classes become alike; noise does the reverse
+ALIKE = {"tail": 1, "worst": 1, "gap": -1, "deviation": 1}  # they rise or fall as classes become alike
 
 
 def deviation(accuracy: np.ndarray) -> np.ndarray:
