@@ -139,8 +139,12 @@ def test_checkpoints_follow_the_recurrence_of_the_paper():
 def test_squares_shrink_as_in_the_paper():
     area = {0: 0.8, 10: 0.8, 11: 0.4, 51: 0.2, 201: 0.1, 501: 0.05, 1001: 0.025, 2001: 0.0125, 4001: 0.00625}
     for i, p in area.items():
-        assert aa._side(i, 32, 32, 1) == max(round(math.sqrt(p * 32 * 32)), 1)
-    assert aa._side(4999, 8, 8, 1) == 1
+        side = round(math.sqrt(p * 32 * 32))
+        assert aa._side(i, 32, 32, "linf") == side
+        assert aa._side(i, 32, 32, "l2") in (side, side + 1)
+        assert aa._side(i, 32, 32, "l2") % 2 == 1
+    assert (aa._side(4999, 8, 8, "linf"), aa._side(4999, 8, 8, "l2")) == (1, 3)
+    assert aa._side(0, 4, 4, "l2") == 4  # never larger than the image
 
 
 @pytest.mark.parametrize(("h", "w"), [(3, 7), (4, 4), (1, 3), (5, 10)])

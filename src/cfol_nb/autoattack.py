@@ -270,10 +270,14 @@ def fab(batch: Batch, iterations: int = ITERATIONS) -> Tensor:
 # -- Square ------------------------------------------------------------------------------------------------------------
 
 
-def _side(i: int, h: int, w: int, least: int) -> int:
-    """Side of the window of query i: p = 0.8 of the image, halved at 10, 50, 200, ... (Andriushchenko et al. 2020)."""
+def _side(i: int, h: int, w: int, norm: str) -> int:
+    """Side of the window of query i: p = 0.8 of the image, halved at 10, 50, 200, ... (Andriushchenko et al. 2020).
+
+    For L2 at least 3 and odd, as in the authors' code, so that a bump has a middle.
+    """
     halvings = sum(i > at for at in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
-    return min(max(round((0.8 / 2**halvings * h * w) ** 0.5), least), h, w)
+    side = round((0.8 / 2**halvings * h * w) ** 0.5)
+    return min(max(side, 1) if norm == "linf" else max(side, 3) | 1, h, w)
 
 
 def _bump(h: int, w: int) -> Tensor:
@@ -334,7 +338,7 @@ def square(batch: Batch, queries: int = QUERIES) -> Tensor:
 
     for i in range(int(batch.kept.get("query", 0)), queries):
         batch.tick(state)
-        s = _side(i, h, w, 1 if norm == "linf" else 3)
+        s = _side(i, h, w, norm)
         u = places[i]
         top, left = (int(u[j] * (size - s + 1)) for j, size in ((0, h), (1, w)))
         here = (slice(None), slice(None), slice(top, top + s), slice(left, left + s))
