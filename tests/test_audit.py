@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
+import math
 import re
+import time
 
 import numpy as np
 import pytest
@@ -38,6 +40,15 @@ def test_a_sound_model_passes_every_check(trained, digits):  # noqa: F811
 class Pair(nn.Module):
     def forward(self, x):
         return x.flatten(1), x
+
+
+class Cut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(x.detach().flatten(1))
 
 
 class Picky(nn.Module):
@@ -100,6 +111,20 @@ def test_a_linear_model_and_one_that_transfer_breaks_are_seen(digits, trained): 
 
 
 # -- the audit ---------------------------------------------------------------------------------------------------------
+
+
+class Brittle(nn.Module):
+    """Finite on images of 8 bits only."""
+
+    def forward(self, x):
+        z = x.flatten(1)[:, :10]
+        return torch.where((255 * x - (255 * x).round()).abs().amax((1, 2, 3)).view(-1, 1) < 1e-3, z, torch.nan)
+
+
+def test_logits_that_are_lost_under_attack_are_named():
+    x = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    y = x.flatten(1)[:, :10].argmax(1)
+    assert verdicts(checklist(Brittle(), x, y, 0.01))["logits stay finite under attack"] == "fail"
 
 
 @pytest.fixture(scope="module")
@@ -185,23 +210,74 @@ def test_a_time_limit_leaves_an_honest_outcome_and_the_same_call_goes_on(trained
 
 def test_what_came_before_autoattack_is_kept_too(trained, digits, tmp_path, quick, monkeypatch):  # noqa: F811
     x, y = of_test(digits, 60)
-    with pytest.raises(ValueError, match=r"minutes=0 are over before AutoAttack began: .*fewer images$"):
+    with pytest.raises(ValueError, match="minutes=0 are over before any image was attacked"):
         audit(trained[0], x, y, eps=0.1, minutes=0)
     sizes, original = [], module.evaluate
 
     def counted(model, images, *rest, **more):
+        if len(sizes) == 1 and isinstance(model, module._Timed) and model.deadline < math.inf:
+            raise aa.TimeUp
         sizes.append(len(images))
         return original(model, images, *rest, **more)
 
     monkeypatch.setattr(module, "evaluate", counted)
     for _ in range(2):
-        with pytest.raises(ValueError, match="what was done is kept"):
-            audit(trained[0], x, y, eps=0.1, batch_size=25, minutes=0, folder=tmp_path)
+        part = audit(trained[0], x, y, eps=0.1, batch_size=25, minutes=1, folder=tmp_path)
+        assert "before the checks of its numbers. PGD-20 came to 25 of 60 images" in part.verdict()
+        assert "checks are fine" not in part.verdict()
+        by_pgd = part.outcomes.correct("clean") & ~part.outcomes.correct("pgd20")
+        assert part.outcomes.attacks["autoattack"]["broken by PGD-20 alone"] == by_pgd.sum() > 0
+        np.testing.assert_array_equal(part.outcomes.correct("autoattack"), part.outcomes.correct("pgd20"))
+        assert part.unfinished.sum() == part.outcomes.correct("pgd20").sum()  # the others are decided
+        assert part.radii.iloc[0].mean() == pytest.approx(stats.accuracies(part.outcomes, "clean").mean())
+        part.html(tmp_path / "part.html")
     found = audit(trained[0], x, y, eps=0.1, batch_size=25, folder=tmp_path)
     assert sizes == [25, 25, 10]
     whole = audit(trained[0], x, y, eps=0.1, batch_size=25)
     np.testing.assert_array_equal(found.outcomes.predictions["pgd20"], whole.outcomes.predictions["pgd20"])
     np.testing.assert_array_equal(found.first, whole.first)
+
+
+class Slow(nn.Module):
+    def __init__(self, net, seconds):
+        super().__init__()
+        self.net, self.seconds = net, seconds
+
+    def forward(self, x):
+        time.sleep(self.seconds * len(x))
+        return self.net(x)
+
+
+@pytest.mark.parametrize("seconds", [0.0003, 0.003])
+def test_the_time_limit_is_kept_wherever_it_falls(trained, digits, seconds):  # noqa: F811
+    """In AutoAttack, or inside the first batch of PGD-20, where nothing is left to report."""
+    x, y = of_test(digits, 60)
+    start = time.monotonic()
+    if seconds < 0.001:
+        found = audit(Slow(trained[1], seconds), x, y, eps=0.1, minutes=0.1)
+        assert "stopped after 0.1 minutes" in found.verdict()
+    else:
+        with pytest.raises(ValueError, match="before any image was attacked"):
+            audit(Slow(trained[1], seconds), x, y, eps=0.1, minutes=0.1)
+    assert 3 < time.monotonic() - start < 7.5
+
+
+def test_a_bound_is_no_measured_value(trained, digits, quick, monkeypatch):  # noqa: F811
+    """Where images are unfinished the lower end is that of a class all of whose unfinished images fall."""
+    x, y = of_test(digits, 60)
+
+    def late(*_):
+        raise aa.TimeUp
+
+    monkeypatch.setattr(aa.Evaluation, "_attack", late)
+    part = audit(trained[1], x, y, eps=0.02, minutes=1)
+    table = part.table()
+    assert (table["unfinished"] > 0).all()
+    np.testing.assert_array_equal(table["low"], 0)  # nothing is known to hold
+    assert "The weakest class so far is " in part.verdict()
+    tied = table["class"][table["autoattack"] == table["autoattack"].min()]
+    assert all(name in part.verdict().split(":")[0] for name in tied)
+    assert "[" not in part.verdict()
 
 
 def test_spending_on_the_worst_says_what_it_skipped(trained, digits, quick):  # noqa: F811
@@ -299,6 +375,11 @@ def case(name):
         "norm": (net, x, y, names, {"norm": "l1"}, "linf"),
         "float labels": (net, x, y + 0.7, names, {}, "one integer per image"),
         "picky": (Picky(), x, y, names, {}, "does not take images .*: only 224"),
+        "no gradient": (Cut(), x, y, names, {}, "no gradient with respect to the images"),
+        "a function": (lambda x: x.flatten(1), x, y, names, {}, "is a function: a torch.nn.Module"),
+        "names": (net, x, y, tuple("aacdefghij"), {}, "two classes have the same name"),
+        "minutes": (net, x, y, names, {"minutes": float("nan")}, "minutes=nan"),
+        "no batch": (net, x, y, names, {"batch_size": 0}, "batch_size=0"),
         "half": (build("smallcnn", channels=1).half(), x, y, names, {}, "float32 or better"),
     }[name]
 
@@ -322,6 +403,11 @@ def case(name):
         "norm",
         "float labels",
         "picky",
+        "no gradient",
+        "a function",
+        "names",
+        "minutes",
+        "no batch",
         "half",
     ],
 )
@@ -339,6 +425,8 @@ def test_models_are_loaded_from_files_and_torchvision(tmp_path):
     make = "import torch\ndef make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
     code.write_text(make + "x = 3\ndef bad():\n    return 3\ndef needs(it):\n    return it\n")
     (tmp_path / "lacks.py").write_text("import no_such_thing\n")
+    (tmp_path / "user.py").write_text("from net import make\n")
+    assert isinstance(load_model(f"{tmp_path}/user.py:make", None, 10, 1), nn.Module)  # from a file beside it
     net = load_model(f"{code}:make", None, 10, 1)
     safetensors.torch.save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "w.safetensors")
     again = load_model(f"{code}:make", tmp_path / "w.safetensors", 10, 1)
@@ -357,6 +445,7 @@ def test_models_are_loaded_from_files_and_torchvision(tmp_path):
     for source, weights, said in (
         ("net", None, "torchvision:NAME"),
         ("torchvision:resnet81", None, "did you mean"),
+        ("torchvision:resnet18", None, "takes images of 3 channels, these have 1"),
         (f"{code}:made", None, "no function 'made'"),
         (f"{code}:x", None, "no function 'x'"),
         (f"{code}:bad", None, "returns a int"),
@@ -369,6 +458,7 @@ def test_models_are_loaded_from_files_and_torchvision(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             load_model(source, weights and tmp_path / f"{weights}.safetensors", 10, 1)
-    for source, weights in ((f"{tmp_path}/no.py:make", None), (f"{code}:make", tmp_path / "no.safetensors")):
-        with pytest.raises(FileNotFoundError, match="there is no file"):
+    missing = ((f"{tmp_path}/no.py:make", None), (f"{code}:make", tmp_path / "no.safetensors"), ("run:nosuch", None))
+    for source, weights in missing:
+        with pytest.raises(FileNotFoundError, match=r"there is no (file|stored run)"):
             load_model(source, weights, 10, 1)

@@ -84,7 +84,7 @@ def test_own_models_can_be_registered():
         ({"name": "resnet19"}, "did you mean 'resnet18'"),
         ({"name": "smallcnn", "depth": 3}, "has no option 'depth'; it takes: width"),
         ({"name": "smallcnn", "num_classes": 1}, "at least 2"),
-        ({"name": "smallcnn", "channels": 4}, "channels=4"),
+        ({"name": "smallcnn", "channels": 0}, "channels=0"),
         ({"name": "wrn", "depth": 12}, "6 n"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 
@@ -38,11 +39,17 @@ def one_thread(needed: bool = True) -> Iterator[None]:
                 torch.set_num_threads(before)
 
 
+def weight_of(model: nn.Module) -> Tensor:
+    """A floating parameter or buffer, whose type and device images need; an empty one on the CPU if there is none."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode (in float64 on the CPU, on one thread); after it every submodule in the mode it had."""
     modes = [(m, m.training) for m in model.modules()]
-    weight = next(model.parameters(), torch.empty(0))
+    weight = weight_of(model)
     model.eval()
     try:
         with one_thread(weight.dtype == torch.float64 and weight.device.type == "cpu"):
@@ -96,8 +103,8 @@ def predict(
     if images.dtype != torch.uint8:
         check_images(images)
     labels = as_labels(labels)
-    tensor = next(model.parameters(), torch.empty(0))
-    if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32:
+    tensor = weight_of(model)
+    if torch.finfo(tensor.dtype).bits < 32:
         raise ValueError(
             f"the model computes in {tensor.dtype}: attacks are judged in float32 or better (model.float())"
         )

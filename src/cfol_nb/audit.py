@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import runpy
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from cfol_nb import plots, stats
-from cfol_nb.attacks import LOSSES, as_float, as_labels, evaluating, margin, pgd, predict
+from cfol_nb.attacks import LOSSES, as_float, as_labels, evaluating, margin, pgd, predict, weight_of
 from cfol_nb.autoattack import Evaluation, TimeUp, find_worst, interleaved
 from cfol_nb.config import Attack, AutoAttack, choose
 from cfol_nb.evaluate import Outcomes, evaluate
@@ -75,7 +77,7 @@ def checklist(
     model's predictions here.
     verdict: "ok", "look" (a reason to look closer) or "fail" (do not quote the numbers).
     """
-    tensor = next(model.parameters(), torch.empty(0))
+    tensor = weight_of(model)
     x, y = as_float(images, tensor.dtype, tensor.device), labels.to(tensor.device)
     rows: list[tuple[str, str, str]] = []
 
@@ -132,11 +134,13 @@ def checklist(
             "gradients differ between images", not same, "all alike: the model is linear" if same else "they do", "look"
         )
 
-        losses, held = [], []
+        losses, held, lost = [], [], 0
         for steps in (1, 5, 20, 100):
-            adv = _pgd(model, x, y, eps, norm, steps, best=True)
-            losses.append(F.cross_entropy(model(adv), y).item())
-            held.append(right(adv))
+            z = model(_pgd(model, x, y, eps, norm, steps, best=True))
+            losses.append(F.cross_entropy(z, y).item())
+            held.append((z.argmax(1) == y).double().mean().item())
+            lost = max(lost, (~z.isfinite()).any(1).double().mean().item())
+        say("logits stay finite under attack", lost == 0, f"infinite or no number for {100 * lost:.0f} % of images")
         text = ", ".join(f"{v:.3g}" for v in losses)
         say("the attack's loss rises with its steps", bool(np.all(np.diff(losses) >= -0.01 * max(losses))), text)
         text = ", ".join(f"{100 * v:.0f}" for v in held) + " % right after 1, 5, 20, 100 steps"
@@ -180,28 +184,32 @@ def load_model(source: str, weights: Path | None, num_classes: int, channels: in
     if kind == "torchvision":
         import torchvision
 
-        body = torchvision.models.get_model(
-            choose("model of torchvision", rest, torchvision.models.list_models(torchvision.models)),
-            weights=None,
-            num_classes=num_classes,
-        )
+        rest = choose("model of torchvision", rest, torchvision.models.list_models(torchvision.models))
+        if channels != 3:
+            raise ValueError(f"{source} takes images of 3 channels, these have {channels}")
+        body = torchvision.models.get_model(rest, weights=None, num_classes=num_classes)
         module, model = body, nn.Sequential(Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), body)
     elif kind == "run":
         folder, _, which = rest.partition(":")
         if weights:
             raise ValueError("a run has its own weights: leave out the weights file")
         known = runs_dir() / "store" / folder
+        if not (known.exists() or (Path(folder) / "run.json").exists()):
+            raise FileNotFoundError(f"there is no stored run {folder!r} (`cfol-nb list` shows them)")
         return Run.load(known if known.exists() else Path(folder)).model(which or "last")
     elif source.rpartition(":")[0].endswith(".py"):
         path, _, function = source.rpartition(":")
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path}")
+        sys.path.insert(0, beside := str(Path(path).resolve().parent))  # as Python itself does with a script
         try:
             found = runpy.run_path(path)
             module = model = found[function]() if callable(found.get(function)) else None
         except (Exception, SystemExit) as error:  # whatever the user's code does
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{source} cannot be called without arguments: {reason}") from error
+        finally:
+            sys.path.remove(beside)
         if not callable(found.get(function)):
             raise ValueError(f"{path} defines no function {function!r}")
         if not isinstance(model, nn.Module):
@@ -248,18 +256,22 @@ class Audit:
     checks: pd.DataFrame
     gallery: tuple[Tensor, Tensor, np.ndarray, np.ndarray]  # that fall first: clean, adversarial, index, prediction
     first: np.ndarray  # (N,) smallest radius of the sweep at which an image fell; inf if none
-    unfinished: np.ndarray  # (K,) images per class that AutoAttack did not come to an end with: accuracies are bounds
+    unfinished: np.ndarray  # (K,) images per class that may still fall: its accuracy is an upper bound
     note: str
-    seconds: float
+    seconds: float  # AutoAttack's in earlier calls, from which this one went on, included
 
     def table(self) -> pd.DataFrame:
         """One row per class, weakest first: n, clean, pgd20, autoattack, low, high, chance to be the weakest (or, where
-        AutoAttack did not come to an end, how many images of the class are unfinished)."""
+        AutoAttack did not come to an end, how many images of the class are unfinished; `low` is then what holds if all
+        of them fall)."""
         t = stats.class_table(self.outcomes)
+        sure = t["correct"] - self.unfinished
         out = pd.DataFrame({"class": t["class"], "n": t["n"]})
         for name in ("clean", "pgd20"):
             out[name] = stats.accuracies(self.outcomes, name)
-        out["autoattack"], out["low"], out["high"] = t["accuracy"], t["low"], t["high"]
+        out["autoattack"] = t["accuracy"]
+        out["low"] = [stats.wilson(c, n)[0] for c, n in zip(sure, t["n"], strict=True)]
+        out["high"] = t["high"]
         if self.unfinished.any():
             out["unfinished"] = self.unfinished
         else:
@@ -271,7 +283,8 @@ class Audit:
         names = ["clean", *(n for n in self.outcomes.predictions if n.startswith("autoattack"))]
         held = np.stack([stats.counts(self.outcomes, n)[0] for n in names])
         n = stats.counts(self.outcomes, "clean")[1]
-        names[-1] = self.outcomes.attacks["autoattack"]["attacks"][-1] + " or pgd20" * bool(self.unfinished.any())
+        spec = self.outcomes.attacks["autoattack"]
+        names[-1] = spec["attacks"][-1] + " or pgd20" * ("broken by PGD-20 alone" in spec)
         columns = [n.removeprefix("autoattack:") for n in names]
         lost = pd.DataFrame((-np.diff(np.vstack([n, held]), axis=0)).T, self.outcomes.class_names, columns)
         return lost.assign(held=held[-1])
@@ -297,20 +310,22 @@ class Audit:
         """The answer in a few sentences."""
         table, s = self.table(), stats.summary(self.outcomes)
         worst, alike = table.iloc[0], table["class"][table["autoattack"].eq(table["autoattack"][0])].tolist()
-        spec, at_most = self.outcomes.attacks["autoattack"], "at most " * bool(self.unfinished.any())
+        spec, bound = self.outcomes.attacks["autoattack"], bool(worst.get("unfinished", 0))
 
-        def cell(value: float, low: float, high: float) -> str:
+        def cell(value: float, low: float, high: float, bound: bool) -> str:
+            if bound:
+                return f"at most {100 * value:.1f} %"
             return f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
         mean, least = s.loc["mean"], s.loc["worst"]
-        others = f", level with {', '.join(alike[1:])}" if alike[1:] and not at_most else ""
+        others = f", level with {', '.join(alike[1:])}" if alike[1:] else ""
         text = (
-            f"The weakest class is {worst['class']}{others}: {at_most * bool(worst.get('unfinished', 0))}"
-            f"{cell(worst['autoattack'], worst['low'], worst['high'])} of its {worst['n']} images withstand AutoAttack "
-            f"({spec['version']}, {NORMS[spec['norm']]} {spec['eps']:.4g}), against {at_most}"
-            f"{cell(mean['value'], mean['low'], mean['high'])} on average over the classes."
+            f"The weakest class{' so far' * bound} is {worst['class']}{others}: "
+            f"{cell(worst['autoattack'], worst['low'], worst['high'], bound)} of its {worst['n']} images withstand "
+            f"AutoAttack ({spec['version']}, {NORMS[spec['norm']]} {spec['eps']:.4g}), against "
+            f"{cell(mean['value'], mean['low'], mean['high'], self.unfinished.any())} on average over the classes."
         )
-        if not at_most:
+        if not self.unfinished.any():
             text += (
                 f" It is truly the weakest with probability {worst['weakest']:.2f}; the accuracy of whichever class "
                 f"truly is lies in [{100 * least['low']:.1f}, {100 * least['high']:.1f}] %."
@@ -319,12 +334,12 @@ class Audit:
         if worst["pgd20"] > table["pgd20"].min():
             text += f" Under PGD-20 another class, {under_pgd}, looks weakest."
         bad = self.checks[self.checks["verdict"] != "ok"]
-        text += f" {len(self.checks) - len(bad)} of {len(self.checks)} checks are fine"
-        return (
-            text
-            + ("." if bad.empty else ": look at " + "; ".join(bad["check"]) + ".")
-            + (self.note and f" {self.note}")
-        )
+        if len(self.checks):
+            text += f" {len(self.checks) - len(bad)} of {len(self.checks)} checks are fine"
+        for verdict, said in (("fail", "; failed, so do not quote these numbers: "), ("look", "; look at: ")):
+            if len(names := bad["check"][bad["verdict"] == verdict]):
+                text += said + ", ".join(names)
+        return f"{text.removesuffix('.')}. {self.note}".strip()
 
     def first_to_fall(self) -> plots.Figure:
         """The gallery as a figure."""
@@ -338,6 +353,8 @@ class Audit:
         table = self.table()
         for c in table.columns.intersection(["clean", "pgd20", "autoattack", "low", "high", "weakest"]):
             table[c] = [percent(100 * v) for v in table[c]]
+        radii = (100 * self.radii.T).round(1).rename_axis("class").reset_index()
+        radii.columns = ["class", *(f"{r:.3g}" for r in self.radii.index)]
         confused = self.confused()
         confused["share"] = [percent(100 * v) for v in confused["share"]]
         names, pictures = self.outcomes.class_names, []
@@ -346,7 +363,7 @@ class Audit:
                 ("Accuracy of each class", plots.class_accuracies({"all classes": self.outcomes})),
                 ("How accuracy falls with the radius", plots.radii(self.radii, str(self.table()["class"][0]))),
                 ("What the attack turns a class into", plots.confusion(stats.confusion(self.outcomes), names)),
-                ("The images that fall first", self.first_to_fall()),
+                *([("The images that fall first", self.first_to_fall())] if len(self.gallery[2]) else []),
             ):
                 data = io.BytesIO()
                 figure.savefig(data, format="png", dpi=110)
@@ -362,11 +379,13 @@ class Audit:
             f"<h1>{html.escape(self.name)}: robustness of each class</h1><p class=v>{html.escape(self.verdict())}</p>",
             pictures[0],
             part("Classes, weakest first (95 % Wilson intervals)", table),
-            *pictures[1:3],
-            part("The pairs that the attack uses most", confused),
+            pictures[1],
+            part("The same in per cent, by radius", radii),
+            pictures[2],
+            part("The pairs that the attack uses most", confused) if len(confused) else "",
             part("Which attack broke how many images", self.broken_by(), True),
-            pictures[3],
-            part("Can these numbers be trusted?", self.checks),
+            *pictures[3:],
+            part("Can these numbers be trusted?", self.checks) if len(self.checks) else "",
             part("AutoAttack as it was run", settings).replace("<thead>", "<thead hidden>"),
             f"<p>{len(self.outcomes.labels)} images, {self.seconds:.0f} s. Made with cfol-nb.</p>",
         ]
@@ -387,18 +406,28 @@ def _checked(
     model: nn.Module, images: Tensor, labels: Tensor, class_names: Sequence[str] | None, batch_size: int
 ) -> tuple[tuple[str, ...], Tensor]:
     """Class names and clean predictions, after everything that can be refused without an attack."""
-    if images.ndim != 4:
-        raise ValueError(f"images of shape {tuple(images.shape)}: (images, channels, height, width) is needed")
     try:
         clean, k = predict(model, images, labels, class_names=class_names, batch_size=batch_size)
+        with evaluating(model), torch.enable_grad():
+            weight = weight_of(model)
+            x = as_float(images[:1], weight.dtype, weight.device).clone().requires_grad_()
+            z = model(x)
+            (slope,) = torch.autograd.grad(z.sum(), x, allow_unused=True) if z.requires_grad else (None,)
     except (ValueError, FloatingPointError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the model's code does
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"the model does not take images of shape {tuple(images.shape[1:])}: {reason}") from error
+    if slope is None:
+        raise ValueError(
+            "the logits have no gradient with respect to the images, on which most attacks rest: "
+            "is there an argmax, a detach or a torch.no_grad in the model, or torch.inference_mode around the audit?"
+        )
     if k < 2:
         raise ValueError(f"the model has {k} output: a classifier has at least 2")
     names = tuple(map(str, class_names if class_names is not None else range(k)))
+    if len(set(names)) < k:
+        raise ValueError(f"two classes have the same name: {', '.join(names)}")
     missing = [n for n, m in zip(names, torch.bincount(labels.cpu(), minlength=k).tolist(), strict=True) if not m]
     if len(missing) == k - 1:
         raise ValueError("the images are all of a single class: there is nothing to compare")
@@ -412,7 +441,7 @@ def _checked(
 
 def _sweep(model: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: str) -> Tensor:
     """(n,) smallest radius of the sweep at which PGD-20 breaks an image, 0 if it is wrong as it is, inf if at none."""
-    tensor = next(model.parameters(), torch.empty(0))
+    tensor = weight_of(model)
     x, y = as_float(images, tensor.dtype, tensor.device), labels.to(tensor.device)
     first, rows = torch.full((len(labels),), torch.inf), torch.arange(len(labels))
     with evaluating(model), torch.no_grad():
@@ -424,6 +453,19 @@ def _sweep(model: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: s
             if not len(rows):
                 break
     return first
+
+
+class _Timed(nn.Module):
+    """The model, until the deadline; after it TimeUp."""
+
+    def __init__(self, model: nn.Module, deadline: float):
+        super().__init__()
+        self.model, self.deadline = model, deadline
+
+    def forward(self, x: Tensor) -> Tensor:
+        if time.monotonic() > self.deadline:
+            raise TimeUp
+        return self.model(x)
 
 
 def audit(
@@ -441,7 +483,7 @@ def audit(
     folder: Path | None = None,
     surrogate: nn.Module | None = None,
     compiled: bool = False,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     seed: int = 0,
     show: int = 6,
 ) -> Audit:
@@ -452,18 +494,31 @@ def audit(
     0..K-1, every class present. eps: in the unit of images in [0, 1]. norm: "linf" or "l2".
     version: of AutoAttack, "standard" or "fast". worst_only: spend AutoAttack on the classes that can still be the
     worst, until one is left at 95 % confidence; the others are then attacked in part, and the outcome says so.
-    minutes: a limit; what AutoAttack did not come to is reported as unfinished, its accuracy being an upper bound; of
-    these images those that PGD-20 broke count as broken.
+    minutes: a limit; images that no attack broke and AutoAttack did not come to an end with are reported as unfinished,
+    the accuracy of their class being an upper bound.
     folder: where what was found is kept after every batch, from which the same audit goes on when it was stopped.
     surrogate: see `checklist`. compiled: attack a compiled copy of the model (half a minute, pays in long audits).
-    show: images in the gallery.
+    batch_size: images at a time; by default 250 of 3 x 32 x 32, fewer if they are larger (on a GPU beyond 16 times that
+    size). show: images in the gallery.
     Everything that can be refused is refused before the first attack: ValueError, FloatingPointError.
     """
-    start, labels = time.monotonic(), as_labels(labels)
-    deadline = float("inf") if minutes is None else start + 60 * minutes
+    start, labels, images = time.monotonic(), as_labels(labels), torch.as_tensor(images)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model is a {type(model).__name__}: a torch.nn.Module is needed")
+    if images.ndim != 4:
+        raise ValueError(f"images of shape {tuple(images.shape)}: (images, channels, height, width) is needed")
+    if minutes is not None and not minutes >= 0:
+        raise ValueError(f"minutes={minutes}: a number of at least 0 is needed")
+    if batch_size is None:
+        room = 250 * 3 * 32 * 32 * (16 if weight_of(model).is_cuda else 1)
+        batch_size = min(max(room // max(images[:1].numel(), 1), 1), 250)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least 1 is needed")
     spec = AutoAttack(eps=eps, norm=norm, version=version)
     names, clean = _checked(model, images, labels, class_names, batch_size)
     each_pass = (time.monotonic() - start) / len(labels)
+    # what comes last, the gallery, takes some 60 passes of each image
+    deadline = math.inf if minutes is None else start + 60 * minutes - 60 * show * each_pass
     pgd20 = Attack(eps=eps, step=max(eps / 8, 1e-12), steps=20, norm=norm)
     with bar(100, "audit") as progress:
 
@@ -486,51 +541,64 @@ def audit(
         predicted, first = torch.full_like(labels, -1), torch.empty(len(labels))
         if state and state.exists() and e.says(before := read_tensors(state)[0]):
             predicted, first = before["pgd20"], before["first"]
-        for i in range(int((predicted >= 0).sum()), len(labels), batch_size):
-            rows = slice(i, i + batch_size)
-            x, y = images[rows], labels[rows]
-            found = evaluate(model, x, y, {"pgd20": pgd20}, batch_size=batch_size, seed=seed)
-            predicted[rows] = torch.from_numpy(found.predictions["pgd20"])
-            first[rows] = _sweep(model, x, y, eps, norm)
-            if state:
-                write_tensors(state, {"pgd20": predicted, "first": first, "logits": e.logits})
-            upto(0.1 * min(i + batch_size, len(labels)) / len(labels))
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"minutes={minutes:g} are over before AutoAttack began: give more time or fewer images"
-                    + "; what was done is kept" * bool(state)
-                )
-        outcomes = Outcomes(labels.numpy(), {"clean": clean.numpy()}, names, {})
-        outcomes.add("pgd20", predicted.numpy(), pgd20.model_dump())
-        first = first.numpy()
-        # the checks take some 350 passes of an image: a fifth of the time that is left, at most
-        many = min(200, batch_size, max(20.0, (deadline - time.monotonic()) / 5 / (350 * each_pass)))
-        some = interleaved(labels, seed)[: int(many)]
-        checks = checklist(model, images[some], labels[some], eps, norm, surrogate=surrogate)
-        note = ""
+        order, spent, note = interleaved(labels, seed), e.seconds, ""
+        timed, checks = _Timed(model, deadline), pd.DataFrame(columns=["check", "verdict", "seen"])
         try:
+            left = order[predicted[order] < 0]
+            for i in range(0, len(left), batch_size):
+                rows = left[i : i + batch_size]
+                x, y = images[rows], labels[rows]
+                found = evaluate(timed, x, y, {"pgd20": pgd20}, batch_size=batch_size, seed=seed)
+                first[rows] = _sweep(timed, x, y, eps, norm)
+                predicted[rows] = torch.from_numpy(found.predictions["pgd20"])
+                if state:
+                    write_tensors(state, {"pgd20": predicted, "first": first, "logits": e.logits})
+                upto(0.1 * (predicted >= 0).double().mean().item())
+            # the checks take some 350 passes of an image: a fifth of the time that is left, if 20 images may take it
+            many = min(200, max(20, batch_size), max(20.0, (deadline - time.monotonic()) / 5 / (350 * each_pass)))
+            some = order[: int(many)]
+            checks = checklist(timed, images[some], labels[some], eps, norm, surrogate=surrogate)
             if worst_only:
                 verdict = find_worst(e)
                 if verdict.decided:  # so that its accuracy is no bound
                     e.run((labels == verdict.classes[0]).nonzero().squeeze(1))
                 left = ", ".join(names[c] for c in verdict.classes)
-                note = (
-                    f"Of these images {left} is the worst class, at 95 % confidence"
-                    if verdict.decided
-                    else f"Not decided between {left}, with all their images attacked"
-                ) + "; the other classes were attacked in part."
+                if not e.finished.all():
+                    note = (
+                        f"Of these images {left} is the worst class, at 95 % confidence"
+                        if verdict.decided
+                        else f"Not decided between {left}, with all their images attacked"
+                    ) + "; the other classes were attacked in part."
             else:
                 e.run()
         except TimeUp:
-            note = f"AutoAttack was stopped after {minutes:g} minutes."
-    unfinished = torch.bincount(labels[~e.finished], minlength=len(names)).numpy()
+            note = f"The audit was stopped after {minutes:g} minutes"
+            if checks.empty:
+                note += ", before the checks of its numbers"
+            note += "."
+    fresh = (predicted < 0).numpy()
+    if fresh.all():
+        raise ValueError(
+            f"minutes={minutes:g} are over before any image was attacked: give more time, fewer images or smaller ones"
+        )
+    if fresh.any():
+        note += f" PGD-20 came to {(~fresh).sum()} of {len(fresh)} images; the others count as withstanding it."
+    first, right = first.numpy(), (clean == labels).numpy()
+    first[fresh] = np.where(right, np.inf, 0)[fresh]
+    outcomes = Outcomes(labels.numpy(), {"clean": clean.numpy()}, names, {})
+    outcomes.add("pgd20", np.where(fresh, clean.numpy(), predicted.numpy()), pgd20.model_dump())
+    outcomes.add_autoattack("autoattack", e)
+    if e.finished.all():
+        checks = pd.concat([checks, black_box_check(outcomes)], ignore_index=True)
+    settings, final = outcomes.attacks["autoattack"], outcomes.predictions["autoattack"]
+    fell = ~e.finished.numpy() & outcomes.correct("autoattack") & ~outcomes.correct("pgd20")
+    if fell.any():  # known to be broken
+        final[fell] = outcomes.predictions["pgd20"][fell]
+        settings["broken by PGD-20 alone"] = int(fell.sum())
+    unfinished = np.bincount(outcomes.labels[~e.finished.numpy() & ~fell], minlength=len(names))
+    settings["unfinished"] = int(unfinished.sum())
     if unfinished.any():
         note += f" {unfinished.sum()} images are not fully attacked: the accuracies of their classes are upper bounds."
-    outcomes.add_autoattack("autoattack", e)
-    if not unfinished.any():
-        checks = pd.concat([checks, black_box_check(outcomes)], ignore_index=True)
-    fell = ~e.finished.numpy() & outcomes.correct("autoattack") & ~outcomes.correct("pgd20")
-    outcomes.predictions["autoattack"][fell] = outcomes.predictions["pgd20"][fell]  # known to be broken
     levels = [0.0, *(f * eps for f in FACTORS)]
     k = len(names)
     n = np.bincount(outcomes.labels, minlength=k)
@@ -544,7 +612,7 @@ def audit(
         first,
         unfinished,
         note.strip(),
-        time.monotonic() - start,
+        spent + time.monotonic() - start,
     )
 
 
@@ -552,7 +620,7 @@ def _gallery(
     model: nn.Module, images: Tensor, labels: Tensor, first: np.ndarray, eps: float, norm: str, show: int
 ) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
     """The images that are right and fall at the smallest radius, no more than two of a class, with PGD-20 at eps."""
-    tensor = next(model.parameters(), torch.empty(0))
+    tensor = weight_of(model)
     fell = np.flatnonzero((first > 0) & (first <= eps))
     fell, taken, index = fell[np.argsort(first[fell], kind="stable")], {}, []
     for i in fell:

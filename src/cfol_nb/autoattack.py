@@ -35,6 +35,7 @@ from cfol_nb.attacks import (
     predict,
     project,
     repeating,
+    weight_of,
 )
 from cfol_nb.config import AutoAttack, choose
 from cfol_nb.files import code_hash, read_tensors, write_tensors
@@ -469,7 +470,7 @@ class Evaluation:
         self.model, self.images, self.labels, self.spec = model, images, labels, spec
         self.batch_size, self.seed, self.points = batch_size, seed, points
         self.progress, self.deadline = progress, deadline
-        self.tensor = next(model.parameters(), torch.empty(0))
+        self.tensor = weight_of(model)
         self.prediction, self.num_classes = predict(model, images, labels, batch_size=batch_size)
         self.broken_by = torch.full_like(labels, -1, dtype=torch.int8)
         self.broken_by[self.prediction != labels] = 0
@@ -608,7 +609,9 @@ class Evaluation:
             "unfinished": int((~self.finished).sum()),
         }
         if self.spec.version == "fast":
-            out["difference"] = f"without FAB-T and Square, {ranks} targets instead of {min(9, self.num_classes - 1)}"
+            targets = min(9, self.num_classes - 1)
+            fewer = f", {ranks} targets instead of {targets}" * (ranks < targets)
+            out["difference"] = f"without FAB-T and Square{fewer}"
         if self.num_classes < 4:
             out["dlr"] = "z_t - z_y" if self.num_classes == 2 else "(z_t - z_y) / (z_1 - z_3)"
         return out
@@ -658,8 +661,8 @@ def find_worst(
     rivals, level = [c for c in range(k) if n[c]], (1 - confidence) / (2 * k * len(shares))
     for share in shares:
         tried = {c: left[c][: -int(-share * len(left[c]) // 1)] for c in rivals}
-        for c in sorted(rivals, key=lambda c: high[c].item()):
-            e.run(tried[c])
+        e.run(torch.cat([tried[c] for c in rivals]))
+        for c in rivals:
             held = int((e.broken_by[tried[c]] < 0).sum())
             a, b = remaining(len(left[c]), len(tried[c]), held, level)
             low[c], high[c] = max(low[c], a / n[c]), min(high[c], b / n[c])

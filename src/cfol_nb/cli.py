@@ -31,9 +31,7 @@ def _stoppable(command):
             return command(*args, **kwargs)
         except KeyboardInterrupt as stop:
             said = str(stop) or "stopped"
-            typer.echo(
-                f"\n{said}; finished runs are stored, and the same command goes on from the last checkpoint", err=True
-            )
+            typer.echo(f"\n{said}; what is finished is stored, and the same command goes on from there", err=True)
             raise typer.Exit(130) from stop
 
     return call
@@ -274,9 +272,9 @@ def audit(
     worst_only: Annotated[
         bool, typer.Option("--worst-only", help="Spend on the classes that can still be the worst, until one is left.")
     ] = False,
-    minutes: Annotated[float | None, typer.Option(min=0, help="Stop AutoAttack after so long.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so long, with what was found.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Images per class.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Resize to this side.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Resize to this side.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Attack a compiled copy; pays in long audits.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the page; default runs/audits/MODEL-HASH.")] = None,
@@ -297,6 +295,8 @@ def audit(
 
     if choose("device", device, ("auto", "cpu", "cuda")) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: there is no CUDA device here")
     known = d.load(data, image_size=image_size)
     # of a single folder a run of ours has seen a part; another model gets all of it
     images = d.limit(known.whole if known.cut and not model.startswith("run:") else known.test, limit)

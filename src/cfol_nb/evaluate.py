@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cfol_nb.attacks import as_float, as_labels, evaluating, pgd, predict, repeating
+from cfol_nb.attacks import as_float, as_labels, evaluating, pgd, predict, repeating, weight_of
 from cfol_nb.autoattack import Evaluation
 from cfol_nb.config import Attack, AutoAttack, as_attack
 
@@ -129,7 +129,7 @@ def evaluate(
     labels = as_labels(labels)
     steps = {k: a for k, a in attacks.items() if isinstance(a, Attack)}
     clean, k = predict(model, images, labels, class_names=class_names, batch_size=batch_size)
-    tensor = next(model.parameters(), torch.empty(0))
+    tensor = weight_of(model)
     predictions = {k: [] for k in steps}
     generators = {k: torch.Generator(tensor.device).manual_seed(seed) for k in steps}
     with evaluating(model), repeating():

@@ -75,8 +75,8 @@ def build(
     rest = options("model", {"name": name, **spec}, MODELS, given=("num_classes", "channels"))
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes}: a classifier needs at least 2")
-    if channels not in (1, 3):
-        raise ValueError(f"channels={channels}: images have 1 or 3")
+    if channels < 1:
+        raise ValueError(f"channels={channels}: images have at least 1")
     body = MODELS[name](num_classes=num_classes, channels=channels, **rest)
     if choose("head", head, ("linear", "cosine")) == "cosine":
         where, _, at = [k for k, m in body.named_modules() if isinstance(m, nn.Linear)][-1].rpartition(".")

@@ -287,7 +287,7 @@ def gallery(x, x_adv, names: Sequence[str], predicted: Sequence[str], radius: np
                 vmax=1,
             )
         axes[0, j].set_title(names[j], fontsize=10)
-        axes[2, j].set_xlabel(f"{predicted[j]}\nat {radius[j]:.3g}", fontsize=10, color=ROBUST)
+        axes[2, j].set_xlabel(f"{predicted[j]}\nfell at {radius[j]:.3g}", fontsize=10, color=ROBUST)
     for ax, label in zip(axes[:, 0], ("clean", "perturbation", "adversarial"), strict=True):
         ax.set_ylabel(label, fontsize=10)
     return fig
