@@ -91,9 +91,11 @@ def passes(model: torch.nn.Module, seconds: list[float]):
         return g
 
     model.forward, torch.autograd.grad = timed(forward), timed(grad)
-    yield
-    del model.forward
-    torch.autograd.grad = grad
+    try:
+        yield
+    finally:
+        del model.forward
+        torch.autograd.grad = grad
     seconds.append(spent)
 
 
@@ -102,10 +104,11 @@ def compare(title: str, rounds: int, more: dict[str, list[float]], **work) -> di
     times, results = {k: [] for k in work}, {}
     for _ in range(rounds):
         for k, f in work.items():
-            seconds, results[k] = f()
+            seconds, held = f()
             times[k].append(seconds)
+            results[k] = torch.as_tensor(held)
     times |= {k: v for k, v in more.items() if v}
-    keep(title, times)
+    keep(title, times, results)
     base = statistics.median(times[next(iter(work))])
     print(title)
     for k, t in times.items():
@@ -145,8 +148,7 @@ def main() -> None:
         held = compare(title, rounds, {"the network's passes in it": network}, **work)
         print(f"  clean {right(model, x, y).float().mean():.3f}")
         for k, v in held.items():
-            v = torch.as_tensor(v)
-            same = (v == torch.as_tensor(held[THEIRS])).float().mean()
+            same = (v == held[THEIRS]).float().mean()
             print(f"  {k:34}robust {v.float().mean():.3f}, agrees on {same:.3f} of the images")
         x, y = case.x, case.y
 

@@ -30,8 +30,15 @@ def elsewhere(script: str, argument) -> Callable:
     return ask
 
 
-def keep(what: str, seconds: dict[str, list[float]]) -> None:
-    """Store the seconds of each variant, round by round, the base first, where `07_report` reads them."""
+def keep(what: str, seconds: dict[str, list[float]], held: dict[str, torch.Tensor] | None = None) -> None:
+    """Store the seconds of each variant, round by round, the base first, where `07_report` reads them.
+
+    held: which images withstood each variant of an attack (n,) bool; kept are the share, and that alike with the base.
+    """
     name = re.sub(r"\W+", "-", what.lower()).strip("-")
-    found = {"what": what, "base": next(iter(seconds)), "seconds": seconds, **provenance(DEVICE.type)}
+    base = next(iter(seconds))
+    found = {"what": what, "base": base, "seconds": seconds, **provenance(DEVICE.type)}
+    if held:
+        found["robust"] = {k: v.double().mean().item() for k, v in held.items()}
+        found["agrees"] = {k: (v == held[base]).double().mean().item() for k, v in held.items()}
     write_json(ROOT / f"results/speed/{name}-{DEVICE.type}.json", found)

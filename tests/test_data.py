@@ -166,7 +166,8 @@ def test_one_folder_is_split_here_and_grey_stays_grey(tmp_path):
     got = load(f"imagefolder:{tmp_path / 'x'}", split_seed=1)
     assert got.class_names == ("1", "10", "2")  # as torchvision's ImageFolder has them
     assert got.cut
-    assert got.whole.counts.tolist() == [10, 10, 10]
+    assert got.unseen("net.py:make").counts.tolist() == [10, 10, 10]
+    assert got.unseen("run:mine") is got.test  # it may have been trained on the others
     assert got.train.images.shape == (24, 1, 12, 12)
     assert got.test.counts.tolist() == [2, 2, 2]
 

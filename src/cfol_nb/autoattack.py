@@ -661,7 +661,7 @@ def find_worst(
     rivals, level = [c for c in range(k) if n[c]], (1 - confidence) / (2 * k * len(shares))
     for share in shares:
         tried = {c: left[c][: -int(-share * len(left[c]) // 1)] for c in rivals}
-        e.run(torch.cat([tried[c] for c in rivals]))
+        e.run(torch.cat([tried[c] for c in sorted(rivals, key=lambda c: high[c].item())]))
         for c in rivals:
             held = int((e.broken_by[tried[c]] < 0).sum())
             a, b = remaining(len(left[c]), len(tried[c]), held, level)

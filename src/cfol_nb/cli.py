@@ -73,7 +73,7 @@ def _sentence(error: ValidationError) -> str:
 
             what = f"there is no such setting (known: {', '.join(RunConfig.model_fields)})"
         parts.append(
-            f"{where}: {what}"
+            f"{where}: {what}".removeprefix(": ")
             + (f", got {e['input']!r}" if e["type"] not in ("missing", "value_error", "extra_forbidden") else "")
         )
     return "; ".join(dict.fromkeys(parts))
@@ -297,9 +297,10 @@ def audit(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: there is no CUDA device here")
+    if not isinstance(radius := parse(eps), int | float):
+        raise ValueError(f"eps={eps}: a number is needed, such as 8/255")
     known = d.load(data, image_size=image_size)
-    # of a single folder a run of ours has seen a part; another model gets all of it
-    images = d.limit(known.whole if known.cut and not model.startswith("run:") else known.test, limit)
+    images = d.limit(known.unseen(model), limit)
     typer.echo(
         f"{len(images)} images of {len(images.class_names)} classes, in this order: {', '.join(images.class_names)}"
     )
@@ -314,7 +315,7 @@ def audit(
         images.images,
         images.labels,
         images.class_names,
-        eps=float(parse(eps)),
+        eps=float(radius),
         norm=norm,
         version=version,
         name=name,
@@ -326,7 +327,9 @@ def audit(
     write_tensors(folder / "outcomes.safetensors", found.outcomes.tensors(), found.outcomes.meta())
     typer.echo(found.table().round(3).to_string(index=False))
     typer.echo(f"\nimages that each attack was the first to break\n{found.broken_by().to_string()}")
-    typer.echo(f"\n{found.checks.to_string(index=False)}\n\n{found.verdict()}\n\n{found.html(folder / 'audit.html')}")
+    if len(found.checks):
+        typer.echo(f"\n{found.checks.to_string(index=False)}")
+    typer.echo(f"\n{found.verdict()}\n\n{found.html(folder / 'audit.html')}")
 
 
 @app.command()
