@@ -292,6 +292,14 @@ def test_spending_on_the_worst_says_what_it_skipped(trained, digits, quick):  # 
         assert f"Of these images {table['class'][0]} is the worst class" in part.verdict()
 
 
+def test_nothing_is_called_skipped_after_a_whole_audit(trained, digits, tmp_path):  # noqa: F811
+    x, y = of_test(digits, 100)
+    whole = audit(trained[1], x, y, eps=0.08, version="fast", folder=tmp_path)
+    again = audit(trained[1], x, y, eps=0.08, version="fast", folder=tmp_path, worst_only=True)
+    assert not again.unfinished.any()
+    assert again.verdict() == whole.verdict()
+
+
 def test_classes_that_are_level_are_all_named(found):
     labels, predictions = found.outcomes.labels, dict(found.outcomes.predictions)
     for name in ("pgd20", "autoattack"):

@@ -357,10 +357,13 @@ class Audit:
         radii.columns = ["class", *(f"{r:.3g}" for r in self.radii.index)]
         confused = self.confused()
         confused["share"] = [percent(100 * v) for v in confused["share"]]
-        names, pictures = self.outcomes.class_names, []
+        names, pictures, bound = self.outcomes.class_names, [], bool(self.unfinished.any())
         with plots.plt.rc_context({"text.parse_math": False}):  # a class may be called $x$
             for title, figure in (
-                ("Accuracy of each class", plots.class_accuracies({"all classes": self.outcomes})),
+                (
+                    "Accuracy of each class" + ", an upper bound where images are unfinished" * bound,
+                    plots.class_accuracies({"all classes": self.outcomes}),
+                ),
                 ("How accuracy falls with the radius", plots.radii(self.radii, str(self.table()["class"][0]))),
                 ("What the attack turns a class into", plots.confusion(stats.confusion(self.outcomes), names)),
                 *([("The images that fall first", self.first_to_fall())] if len(self.gallery[2]) else []),
