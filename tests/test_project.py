@@ -159,7 +159,7 @@ def test_interrupting_is_not_an_error_message(command, monkeypatch):
     monkeypatch.setattr("cfol_nb.runs.compute", stop)
     status, _, err = command("train")
     assert status == 130
-    assert "goes on from the last checkpoint" in err
+    assert "the same command goes on from there" in err
     assert "Traceback" not in err
 
 
