@@ -292,6 +292,31 @@ def test_spending_on_the_worst_says_what_it_skipped(trained, digits, quick):  # 
         assert f"Of these images {table['class'][0]} is the worst class" in part.verdict()
 
 
+class Counts(nn.Module):
+    """Its first parameter is an integer."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = nn.Parameter(torch.zeros(1, dtype=torch.int64), requires_grad=False)
+        self.net = build("smallcnn", num_classes=2, channels=4)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_images_of_four_channels_as_arrays_of_numpy(tmp_path):
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).random((40, 4, 8, 8), np.float32)
+    model = Counts().eval()
+    y = model(torch.from_numpy(x)).argmax(1)
+    y[:2] = torch.tensor([0, 1])  # both classes have images
+    found = audit(model, x, y.numpy(), eps=0.01, version="fast", show=0)
+    assert verdicts(found.checks)["transferred attacks are weaker than direct ones"] == "ok"
+    page = found.html(tmp_path / "a.html").read_text()
+    assert "The images that fall first" not in page
+    assert f"<th>{found.radii.index[1]:.3g}</th>" in page
+
+
 def test_nothing_is_called_skipped_after_a_whole_audit(trained, digits, tmp_path):  # noqa: F811
     x, y = of_test(digits, 100)
     whole = audit(trained[1], x, y, eps=0.08, version="fast", folder=tmp_path)
