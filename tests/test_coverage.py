@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 from scipy.special import comb
-from scipy.stats import kstest, norm, pearsonr, spearmanr
+from scipy.stats import kstest, norm, pearsonr
 
 from benchmarks.coverage import CASES, coverage, outcomes
 from cfol_nb import stats
@@ -43,6 +43,7 @@ def test_single_intervals_hold_where_classes_are_equal_or_one_stands_alone(accur
     ("case", "simulations", "names"),
     [
         ("5 at 40 and 5 at 70 %, 60 a class", 400, ["worst", "tail"]),
+        ("one strong class, 60 a class", 400, ["paired worst", "paired tail"]),
         ("100 evenly spaced, versus one weak", 150, ["worst", "paired worst"]),
     ],
 )
@@ -63,20 +64,37 @@ def test_what_lies_beyond_the_draws_is_the_furthest_truth_not_refused():
         lower = norm.cdf((0.6 - np.maximum(outward, level)) / size)
         return 1 - np.prod(1 - lower) - (1 - confidence)
 
+    def kept(level: float, confidence: float) -> float:
+        others = norm.cdf((angle[0, 1:] - 0.6) / size).prod()
+        return norm.cdf((level - 0.6) / size) * others - (1 - confidence)
+
     for confidence in (0.8, 0.95):
-        furthest = np.sin(brentq(refused, 0.6, 0.9, args=(confidence,))) ** 2
+        furthest, alone = (np.sin(brentq(f, 0.2, 0.9, args=(confidence,))) ** 2 for f in (refused, kept))
         at = {"worst": np.full(9, 0.3), "gap": np.full(9, 0.4), "mean": np.full(9, 0.5)}
         got = stats._beyond(angle, noise, runs, at, confidence)
-        assert got["worst"] == pytest.approx(furthest - 0.3, abs=0.002)
-        assert got["mean"] == 0
-        assert stats._beyond(angle, noise, runs, {"worst": np.full(9, 0.9)}, confidence) == {"worst": 0}
+        np.testing.assert_allclose(got["worst"], [furthest - 0.3, min(0, alone - 0.3)], atol=0.002)
+        assert not got["mean"].any()
+        got = stats._beyond(angle, noise, runs, {"worst": np.full(9, 0.9)}, confidence)["worst"]
+        np.testing.assert_allclose(got, [0, alone - 0.9], atol=0.002)
     mirrored = {"gap": np.full(9, 0.4)}  # accuracies and errors swapped
-    got, other = (stats._beyond(a, noise, runs, mirrored, 0.95)["gap"] for a in (angle, np.pi / 2 - angle))
+    got, other = (stats._beyond(a, noise, runs, mirrored, 0.95)["gap"][0] for a in (angle, np.pi / 2 - angle))
     assert got < 0
     assert got == pytest.approx(other, abs=0.003)
 
 
-def test_a_difference_reaches_as_much_farther_as_one_side_does_than_the_other(monkeypatch):
+def test_the_class_that_may_be_the_lowest_counts_also_where_another_was_measured_lower():
+    """8 of 10 images right, of the other classes 70 % and more of many: what is known of that class, in closed form."""
+    size = np.array([[0.5 / np.sqrt(10), *np.full(9, 0.5 / np.sqrt(100_000))]])
+    angle = np.array([[np.arcsin(np.sqrt(0.8)), *np.full(9, np.arcsin(np.sqrt(0.7)))]])
+    angle[0, 1:] += 0.1 * np.arange(9)
+    noise = size * np.random.default_rng(0).standard_normal((200_000, 1, 10))
+    runs, at = np.zeros((200_000, 1, 1), int), {"worst": np.full(9, 0.7)}
+    got = stats._beyond(angle, noise, runs, at, 0.95)["worst"]
+    # half of the noise leaves the second class, which was measured lowest, as high as it was
+    assert got[1] == pytest.approx(np.sin(angle[0, 0] - norm.ppf(0.9) * size[0, 0]) ** 2 - 0.7, abs=0.004)
+
+
+def test_a_difference_reaches_farther_by_half_of_what_one_side_needs_more_than_the_other(monkeypatch):
     rng, labels = np.random.default_rng(0), np.repeat(np.arange(30), 100)
     weak = np.r_[0.15, np.linspace(0.3, 0.9, 29)]
     a, b = (outcomes(rng.random(3000) < p[labels], labels, 30) for p in (np.linspace(0.2, 0.9, 30), weak))
@@ -84,13 +102,31 @@ def test_a_difference_reaches_as_much_farther_as_one_side_does_than_the_other(mo
     after = {k: stats.summary(b if k[0] == "b" else a, **v) for k, v in cases.items()}
     monkeypatch.setattr(stats, "ALIKE", {})
     farther = {k: after[k] - stats.summary(b if k[0] == "b" else a, **v) for k, v in cases.items()}
-    for name, near, far in (("worst", "low", "high"), ("deviation", "low", "high"), ("gap", "high", "low")):
-        more = {k: f.loc[name] for k, f in farther.items()}
-        apart = more["a"][far] - more["b"][far]
-        assert abs(apart) > 0.01
-        assert (more["a"][near], more["b"][near]) == (0, 0)
-        assert (more["a - b"][near], more["b - a"][far]) == (0, 0)  # a difference has draws of its own
-        assert (more["a - b"][far], -more["b - a"][near]) == pytest.approx((apart, apart), abs=0.003)
+    for name in ("worst", "deviation", "gap"):
+        more = {k: f.loc[name, ["low", "high"]].to_numpy(float) for k, f in farther.items()}
+        apart = (more["a"] - more["b"]) / 2
+        assert np.abs(apart).max() > 0.005
+        expected = [np.minimum(0, apart).sum(), np.maximum(0, apart).sum()]
+        np.testing.assert_allclose(more["a - b"], expected, atol=0.002)
+        np.testing.assert_allclose(more["b - a"], [-expected[1], -expected[0]], atol=0.002)
+
+
+def test_no_interval_of_the_worst_class_or_tail_reaches_above_that_of_the_mean():
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(200), 5)
+    got = stats.summary(outcomes(rng.random(1000) < 0.55, labels, 200))
+    assert got.loc[["tail", "worst"], "high"].max() <= got.loc["mean", "high"]
+
+
+def test_a_rare_class_that_is_always_right_does_not_widen_the_worst():
+    """The rule for few right answers is of the worst class."""
+    right, n = np.r_[8, 300, np.full(8, 600)], np.r_[8, np.full(9, 1000)]
+    labels = np.repeat(np.arange(10), n)
+    correct = np.concatenate([np.arange(m) < c for c, m in zip(right, n, strict=True)])
+    got, without = stats.summary(outcomes(correct, labels, 10)), stats.summary(outcomes(correct[8:], labels[8:] - 1, 9))
+    assert without.loc["worst", "high"] < 0.34
+    assert got.loc["worst", "high"] == pytest.approx(without.loc["worst", "high"], abs=0.01)
+    one = stats.summary(outcomes(np.r_[True, correct[1008:]], np.r_[0, labels[1008:] - 1], 9))
+    assert one.loc[["tail", "worst"], "high"].max() < 0.68  # one image does not make a class
 
 
 @pytest.mark.parametrize("right", [0, 3, 9, 10])
@@ -209,17 +245,59 @@ def test_one_class_far_from_equal_ones_leaves_them_together():
 
 
 def test_like_runs_err_alike():
-    rng = np.random.default_rng(0)
-    a, b = rng.random((2, 10))
-    got = stats._chances(np.stack([a, a, b]), 20_000, np.random.default_rng(1))
+    alike = np.array([[1, 1, 0.4], [1, 1, 0.4], [0.4, 0.4, 1]])
+    got = stats._chances(alike, (20_000, 10), np.random.default_rng(1))
     np.testing.assert_allclose(got[:, 0], got[:, 1], atol=1e-3)
-    alike = spearmanr(a, b).statistic
-    for i, expected in enumerate([alike**2, *[alike] * 10]):
+    for i, expected in enumerate([0.4**2, *[0.4] * 10]):
         assert kstest(got[:, 2, i], "norm").pvalue > 1e-4
         assert pearsonr(got[:, 0, i], got[:, 2, i]).statistic == pytest.approx(expected, abs=0.02)
     assert np.abs(np.corrcoef(got[:, 2].T) - np.eye(11)).max() < 0.03
-    alone = stats._chances(a[None], 20_000, np.random.default_rng(1))
+    alone = stats._chances(alike[:1, :1], (20_000, 10), np.random.default_rng(1))
     np.testing.assert_allclose(alone[:, 0], got[:, 0], atol=1e-6)  # whatever it is compared with
+
+
+def test_the_root_of_a_correlation_is_cholesky_s_and_of_an_impossible_one_the_nearest_in_its_order():
+    rng = np.random.default_rng(0)
+    for k in (1, 2, 5):
+        possible = np.corrcoef(rng.standard_normal((k, 8))).reshape(k, k)
+        np.testing.assert_allclose(stats._root(possible), np.linalg.cholesky(possible), atol=1e-12)
+    root = stats._root(np.array([[1, 0.9, 0.9], [0.9, 1, -0.9], [0.9, -0.9, 1]]))
+    got = root @ root.T
+    np.testing.assert_allclose(np.diag(got), 1)
+    np.testing.assert_allclose(got[0], [1, 0.9, 0.9])
+    assert got[1, 2] == pytest.approx(0.9**2 - (1 - 0.9**2), abs=1e-3)  # as low as the first two let it be
+    same = stats._root(np.array([[1, 1.2], [1.2, 1]]))
+    np.testing.assert_allclose(same @ same.T, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.7])
+def test_runs_are_as_alike_as_their_true_accuracies(shared):
+    """Simulated: what is measured correlates less or, where the noise is shared, more."""
+    rng, size, found, measured = np.random.default_rng(0), 0.06, [], []
+    mix = np.linalg.cholesky(np.array([[1, shared], [shared, 1]]))
+    noise = size * np.einsum("ij, djk -> dik", mix, rng.standard_normal((2000, 2, 100)))
+    for _ in range(40):
+        true = 0.8 + 0.13 * np.linalg.cholesky(np.array([[1, 0.9], [0.9, 1]])) @ rng.standard_normal((2, 100))
+        angle = true + size * mix @ rng.standard_normal((2, 100))
+        found.append(stats._alike(angle, noise)[0, 1] - np.corrcoef(true)[0, 1])
+        measured.append(np.corrcoef(angle)[0, 1] - np.corrcoef(true)[0, 1])
+    assert np.mean(found) == pytest.approx(0, abs=0.01)
+    assert abs(np.mean(measured)) > 0.03
+
+
+def test_of_equal_classes_only_runs_with_like_answers_count_as_alike():
+    rng, size = np.random.default_rng(0), 0.06
+    for shared, least, most in ((0.0, -0.1, 0.1), (0.7, 0.1, 0.4), (0.99, 0.9, 1), (1, 1, 1)):
+        mix = np.array([[1, 0], [shared, np.sqrt(1 - shared**2)]])
+        noise = size * np.einsum("ij, djk -> dik", mix, rng.standard_normal((1000, 2, 10)))
+        # a strong class in both stands alone and tells nothing of the others
+        drawn = size * np.einsum("ij, sjk -> sik", mix, rng.standard_normal((60, 2, 10)))
+        angles = 0.6 + 0.6 * (np.arange(10) == 9) + drawn
+        got = np.array([stats._alike(a, noise) for a in angles])
+        np.testing.assert_allclose(got[:, [0, 1], [0, 1]], 1)
+        assert least - 1e-9 <= got[:, 0, 1].mean() <= most + 1e-9, shared
+    alone = stats._alike(np.array([[0.5], [0.7]]), size * rng.standard_normal((100, 2, 1)))
+    assert alone[0, 1] == 0  # a single class varies with no other
 
 
 def test_a_difference_stays_what_a_difference_can_be():

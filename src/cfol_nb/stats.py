@@ -257,54 +257,113 @@ def _drawn(angle: np.ndarray, size: np.ndarray, noise: np.ndarray, chance: np.nd
     return middle + kept * (seen - middle) + np.sqrt(kept * (1 - kept)) * (unknown - centre(unknown))
 
 
-def _chances(observed: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(draws, S, 1 + K) for `true_accuracies`, so that the like errors of like runs cancel in a difference.
+def _measured(accuracy: np.ndarray, drawn: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Angles of (S, K) accuracies over n images (K,) and draws (D, S, K) of their noise."""
+    noise = _angle(drawn)
+    noise = (noise - noise.mean(0)) * np.sqrt((n + 2) / n)  # with the prior's image there are n + 1 for n
+    return _angle((accuracy * n + 0.375) / (n + 0.75)), noise  # Anscombe 1948
 
-    What stays unknown of a class is correlated between two of the runs (S, K) as the order of their classes is
-    (Spearman), and the spreads with its square, as those of two correlated normal samples are. The noise in that order
-    makes the correlation, and so a difference, a few per cent too cautious. Taken off, classes that are nearly equal
-    would pass for alike in both runs, and the intervals of their differences hold far too rarely.
+
+def _alike(angle: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """(S, S) correlation of the true angles of runs, of which (S, K) were measured with noise (D, S, K).
+
+    Covariances over the classes of a population, those of the noise taken off (Spearman 1904). Where the spread is not
+    clearly beyond the noise nothing is known of it. What is missing there to three halves of the noise's variance
+    counts as alike only in runs whose answers are: as the fourth power of the correlation of their noise. Little
+    correlation is the cautious side, as it makes differences wider.
     """
-    order = observed.argsort(1, kind="stable").argsort(1)
-    alike, exact = np.atleast_2d(np.corrcoef(order)), 1e-9 * np.eye(len(order))  # positive definite for equal runs, too
-    chance = rng.standard_normal((len(order), draws, 1 + order.shape[1]))
-    chance[..., 0] = np.linalg.cholesky(alike**2 + exact) @ chance[..., 0]
-    chance[..., 1:] = np.tensordot(np.linalg.cholesky(alike + exact), chance[..., 1:], 1)
+    angle, noise = angle.copy(), noise.copy()
+    for seen, drawn, size in zip(angle, noise.swapaxes(0, 1), noise.std(0), strict=True):
+        for own in populations(seen, size):
+            seen[own] -= seen[own].mean()
+            drawn[:, own] -= drawn[:, own].mean(1, keepdims=True)
+    random = np.einsum("dik, djk -> ij", noise, noise) / len(noise)
+    true = angle @ angle.T - random
+    size = np.maximum(np.maximum(np.diag(true), 1.5 * np.diag(random)), 1e-12)
+    missing = np.sqrt(size - np.diag(true))
+    shared = random / np.sqrt(np.multiply.outer(*2 * [np.diag(random).clip(1e-12)]))
+    return (true + shared**4 * np.multiply.outer(missing, missing)) / np.sqrt(np.multiply.outer(size, size))
+
+
+def _root(alike: np.ndarray) -> np.ndarray:
+    """Lower triangle that makes independent samples as correlated as (S, S), as Cholesky's, and where that is
+    impossible as nearly so, the first ones first."""
+    root = np.eye(len(alike))
+    for i in range(1, len(alike)):
+        left = 1.0
+        for j in range(i):
+            wanted = (alike[i, j] - root[i, :j] @ root[j, :j]) / root[j, j]
+            root[i, j] = np.clip(wanted, -np.sqrt(left), np.sqrt(left))
+            left = max(left - root[i, j] ** 2, 1e-9)
+        root[i, i] = np.sqrt(left)
+    return root
+
+
+def _chances(alike: np.ndarray, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """(D, S, 1 + K) for `true_accuracies`, so that the like errors of like runs cancel in a difference; shape: (D, K).
+
+    What stays unknown of a class is correlated between two runs as their true accuracies are (`_alike`), and the
+    spreads with its square, as those of two correlated normal samples are.
+    """
+    draws, k = shape
+    chance = rng.standard_normal((len(alike), draws, 1 + k))
+    chance[..., 0] = _root(alike**2) @ chance[..., 0]
+    chance[..., 1:] = np.tensordot(_root(alike), chance[..., 1:], 1)
     return chance.swapaxes(0, 1)
 
 
 def _beyond(
     angle: np.ndarray, noise: np.ndarray, runs: np.ndarray, drawn: Mapping[str, np.ndarray], confidence: float
-) -> dict[str, float]:
-    """How far beyond the interval of its draws each statistic may lie if the classes are more alike than measured.
+) -> dict[str, np.ndarray]:
+    """How far beyond the interval of its draws each statistic may lie if the classes are more alike than measured, and
+    if one stands apart.
 
     The classes of a normal population go on thinning out below the worst one. True ones may end at it, many close to
-    each other, and the lowest of so many measured ones lies far below them all. Inference for a minimum asks which
-    classes may be the lowest (Chernozhukov, Lee and Rosen 2013); here by a test without a population. Truths in
-    question: classes as measured (S, K), moved outwards by half the standard error, but cut off at both ends alike, so
-    that those beyond the cut are equal. The further the cut, the fewer draws of the noise (D, S, K) lead as far out as
-    what was measured; a cut is refused where at most 1 - confidence do.
+    each other, and the lowest of so many measured ones lies far below them all; or one that is alone may lie so close
+    to the others that it is taken for one of them. Inference for a minimum asks which classes may be the lowest
+    (Chernozhukov, Lee and Rosen 2013); here by two tests without a population. Truths in question: (1) classes as
+    measured (S, K), moved outwards by half the standard error, but cut off at both ends alike, so that those beyond the
+    cut are equal; (2) classes as measured but for one of each run, which is lower: the one whose accuracy, less 1.645
+    standard errors, is the lowest. The further the cut, or the lower the class, the fewer draws of the noise (D, S, K)
+    lead as far out, or keep the statistic and that class as far in, as what was measured; a truth is refused where at
+    most 1 - confidence do.
     """
     size, ends = noise.std(0), (angle.min(-1, keepdims=True), angle.max(-1, keepdims=True))
+    step = np.median(size, -1, keepdims=True)
     outward = angle + np.sign(angle - angle.mean(-1, keepdims=True)) * size / 2
-    sign = {name: ALIKE[name] for name in drawn if name in ALIKE}
-    seen = {name: s * STATISTICS[name](np.sin(angle) ** 2).mean() for name, s in sign.items()}
-    truth, share = {name: [] for name in sign}, {name: [] for name in sign}
-    for cut in size.max(-1, keepdims=True) * np.linspace(0, 6, 31)[:, None, None]:
-        low = ends[0] + cut
-        true = np.clip(outward, low, np.maximum(ends[1] - cut, low))
-        measured = np.take_along_axis(np.sin(true + noise) ** 2, runs, 1)
-        for name, s in sign.items():
-            truth[name].append(s * STATISTICS[name](np.sin(true) ** 2).mean())
-            share[name].append(np.mean(s * STATISTICS[name](measured).mean(-1) <= seen[name]))
-        if all(v[-1] <= 1 - confidence for v in share.values()):
-            break
-    out = dict.fromkeys(drawn, 0.0)
-    for name, s in sign.items():
-        falling = np.minimum.accumulate(share[name])[::-1]
-        reached = s * np.interp(1 - confidence, falling, truth[name][::-1])
-        end = np.quantile(drawn[name], (1 + s * confidence) / 2)
-        out[name] = s * max(0.0, s * (reached - end))
+    least = (angle - 1.645 * size).argmin(-1)[:, None]
+    alone = np.take_along_axis(angle, least, -1)
+
+    def alike(far: float) -> np.ndarray:
+        low = ends[0] + far * step
+        return np.clip(outward, low, np.maximum(ends[1] - far * step, low))
+
+    def apart(far: float) -> np.ndarray:
+        true = angle.copy()
+        np.put_along_axis(true, least, np.maximum(alone - far * np.take_along_axis(size, least, -1), 0), -1)
+        return true
+
+    out = {name: np.zeros(2) for name in drawn}
+    for i, (truths, sign) in enumerate(((alike, 1), (apart, -1))):
+        signs = {name: sign * ALIKE[name] for name in drawn if name in ALIKE}
+        seen = {name: s * STATISTICS[name](np.sin(angle) ** 2).mean() for name, s in signs.items()}
+        truth, share = {name: [] for name in signs}, {name: [] for name in signs}
+        for far in np.linspace(0, 6, 31):
+            true = truths(far)
+            measured, near = np.take_along_axis(np.sin(true + noise) ** 2, runs, 1), True
+            if sign < 0:
+                own = np.take_along_axis(true + noise, least[None], -1)
+                near = np.take_along_axis(own, runs, 1).mean((1, 2)) >= alone.mean()
+            for name, s in signs.items():
+                truth[name].append(s * STATISTICS[name](np.sin(true) ** 2).mean())
+                share[name].append(np.mean((s * STATISTICS[name](measured).mean(-1) <= seen[name]) & near))
+            if all(v[-1] <= 1 - confidence for v in share.values()):
+                break
+        for name, s in signs.items():
+            falling = np.minimum.accumulate(share[name])[::-1]
+            reached = s * np.interp(1 - confidence, falling, truth[name][::-1])
+            end = np.quantile(drawn[name], (1 + s * confidence) / 2)
+            out[name][i] = s * max(0.0, s * (reached - end))
     return out
 
 
@@ -315,27 +374,23 @@ def _statistics(
     runs: np.ndarray,
     chances: np.ndarray,
     confidence: float,
-) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Each statistic of (S, K) accuracies, draws of what it truly is, and how far beyond them it may lie."""
-
-    def measured(accuracy: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        noise = _angle(drawn)
-        noise = (noise - noise.mean(0)) * np.sqrt((n + 2) / n)  # with the prior's image there are n + 1 for n
-        return _angle((accuracy * n + 0.375) / (n + 0.75)), noise  # Anscombe 1948
 
     def true(angle: np.ndarray, noise: np.ndarray, chance: np.ndarray) -> np.ndarray:
         return true_accuracies(angle, noise.std(0), noise, chance)
 
-    angle, noise = measured(observed, sampled)
+    angle, noise = _measured(observed, sampled, n)
     each = np.stack([true(a, noise[:, i], chances[:, i]) for i, a in enumerate(angle)], 1)
     each = np.take_along_axis(each, runs, 1)
     drawn = {name: f(each).mean(-1) for name, f in STATISTICS.items()}
+    drawn["mean"] = np.take_along_axis(np.sin(angle + noise) ** 2, runs, 1).mean((1, 2))  # nothing was chosen
     beyond = _beyond(angle, noise, runs, drawn, confidence)
     out = {name: (f(observed).mean(-1), drawn[name], beyond[name]) for name, f in STATISTICS.items()}
     if len(observed) == 1:
         return {**out, "worst_of_mean": out["worst"]}
     mean = observed.mean(0)
-    angle, noise = measured(mean, np.take_along_axis(sampled, runs, 1).mean(1))
+    angle, noise = _measured(mean, np.take_along_axis(sampled, runs, 1).mean(1), n)
     worst = STATISTICS["worst"](true(angle, noise, chances[:, 0]))
     beyond = _beyond(angle[None], noise[:, None], np.zeros_like(runs[:, :1]), {"worst": worst}, confidence)
     return {**out, "worst_of_mean": (STATISTICS["worst"](mean), worst, beyond["worst"])}
@@ -360,12 +415,12 @@ def summary(
 
     low, high: bootstrap over images (within classes) and runs, of what the statistic truly is. The minimum of noisy
     accuracies lies below the true minimum, the more the more classes are alike; the draws are therefore those of a
-    hierarchical model (`true_accuracies`), and the interval is widened to hold the value where it does not. Where
-    classes may lie closer to the worst than the model takes them to, the worst, tail, gap and deviation reach farther
-    towards equal classes (`_beyond`), and so does a difference, by what one side needs more than the other.
-    With fewer than ten right answers in the worst class, its interval reaches at least as high as that of one class
-    alone, and a difference farther on both sides, up to half an image where none is right (5/K of one, K > 10 classes).
-    Simulated coverage of the stated 95 % is in benchmarks/coverage.py and tests/test_coverage.py.
+    hierarchical model (`true_accuracies`), but for the mean's, and the interval is widened to hold the value where it
+    does not. Where classes may lie closer to the worst than the model takes them to, or the worst may be alone, the
+    worst, tail, gap and deviation reach farther (`_beyond`), and a difference by half of what one side needs more than
+    the other. With fewer than ten right answers in the worst class, its interval reaches at least as high as that of
+    one class alone, and a difference farther on both sides, up to half an image where none is right (5/K of one, K > 10
+    classes). Simulated coverage of the stated 95 % is in benchmarks/coverage.py and tests/test_coverage.py.
     bias: the value minus the mean of those draws, an estimate of how far the noise of the test set takes it off.
     """
     return _summaries({"": several}, attack, versus, confidence, draws, seed)[""]
@@ -399,8 +454,9 @@ def _summaries(
         def parts(own: slice, at=at, rng=rng, images=images, observed=observed, sampled=sampled) -> dict:
             n, beside = own.stop - own.start, min(at, own.start)  # the chances of the others do not depend on the own
             runs = copy.deepcopy(rng).integers(n, size=(draws, n, 1))
-            both = np.concatenate([observed[:beside], observed[own]])
-            chances = _chances(both, draws, copy.deepcopy(rng))[:, beside:]
+            both = [*range(beside), *range(own.start, own.stop)]
+            alike = _alike(*_measured(observed[both], sampled[:, both], images))
+            chances = _chances(alike, (draws, len(images)), copy.deepcopy(rng))[:, beside:]
             return _statistics(observed[own], sampled[:, own], images, runs, chances, confidence)
 
         base = parts(slice(0, at)) if others else {}
@@ -413,14 +469,17 @@ def _summaries(
             if others:
                 against = base if differ else table  # runs with the same answers differ by exactly 0
                 table = {k: tuple(a - b for a, b in zip(table[k], against[k], strict=True)) for k in table}
-            right = (observed[[*range(len(others)), *range(own.start, own.stop)]] * images).min(0)
-            least, rows = int(right.argmin()), {}
-            few = max(0, FEW - right[least]) * (differ or not others)
+            compared, rows = observed[[*range(len(others)), *range(own.start, own.stop)]], {}
+            n = images[compared.argmin(1)]  # of the worst class of each run
+            least = int((compared.min(1) * n).argmin())
+            few, n = max(0, FEW - compared[least].min() * n[least]) * (differ or not others), n[least]
             for k, (value, drawn, beyond) in table.items():
                 low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-                low, high = low + min(0, beyond), high + max(0, beyond)
+                beyond = beyond / 2 if others else beyond  # seldom are both sides where that is worst
+                low, high = low + np.minimum(0, beyond).sum(), high + np.maximum(0, beyond).sum()
+                if not others and k in ("tail", "worst", "worst_of_mean"):
+                    high = min(high, rows["mean"][2])
                 if k.startswith("worst") and few:  # what is drawn above varies too little
-                    n = images[least]
                     if others:
                         more = few / FEW * min(0.5, 5 / len(images)) / n
                         low, high = max(low - more, -1), min(high + more, 1)
