@@ -305,6 +305,41 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(trained, digits, tmp_pat
         assert not other.passed.any()  # of another model, of other images: nothing to go on from
 
 
+@pytest.mark.parametrize("change", ["gradient", "small logits"])
+def test_what_was_found_of_a_model_that_computes_otherwise_is_not_taken_over(trained, digits, tmp_path, change):
+    class Model(torch.nn.Module):
+        def __init__(self, repaired):
+            super().__init__()
+            self.net, self.repaired = trained[0], repaired
+
+        def forward(self, x):
+            if change == "small logits":
+                return 1e-6 * self.net(x).roll(int(self.repaired), 1)
+            rounded = (64 * x).round() / 64
+            return self.net(x + (rounded - x).detach() if self.repaired else rounded)
+
+    x, y = of_test(digits, 20)
+    how = {"attacks": {"aa": AutoAttack(eps=0.1, version="fast")}, "folder": tmp_path}
+    masked, repaired = (evaluate(Model(r), x, y, **how) for r in (False, True))
+    fresh = evaluate(Model(True), x, y, how["attacks"])
+    np.testing.assert_array_equal(repaired.predictions["aa"], fresh.predictions["aa"])
+    assert masked.correct("aa").sum() > repaired.correct("aa").sum()
+
+
+def test_an_image_whose_logits_are_lost_under_attack_is_wrong_whatever_its_class():
+    class Lost(torch.nn.Module):
+        def forward(self, x):
+            z = torch.stack([x.flatten(1)[:, 0] < 0.5, x.flatten(1)[:, 0] >= 0.5], 1) + x.mean((1, 2, 3))[:, None]
+            untouched = (255 * x % 1).amax((1, 2, 3)) < 1e-3
+            return torch.where(untouched[:, None], z, z * torch.nan)
+
+    x = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 4, 4).contiguous()
+    y = torch.tensor([0, 1])
+    got = evaluate(Lost(), x, y, {"pgd": {"eps": 0.01, "step": 0.003, "steps": 3}})
+    assert got.correct("clean").all()
+    assert not got.correct("pgd").any()
+
+
 def test_square_goes_on_inside_a_batch(trained, digits, tmp_path, quick, monkeypatch):
     x, y = of_test(digits, 60)
     for spec in (STANDARD, AutoAttack(eps=0.4, norm="l2", version="standard")):

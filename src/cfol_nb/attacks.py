@@ -120,6 +120,8 @@ def predict(
                     "logits of shape (images, classes) are needed"
                 )
             k = logits.shape[1]
+            if k < 2:
+                raise ValueError(f"the model has {k} output: a classifier has at least 2")
             if not i and not 0 <= int(labels.min()) <= int(labels.max()) < k:
                 raise ValueError(
                     f"labels reach from {int(labels.min())} to {int(labels.max())}, but the model has {k} outputs"
@@ -130,6 +132,11 @@ def predict(
                 raise FloatingPointError("the model's logits are not finite: it diverged, or its weights are damaged")
             out.append(logits.argmax(1).cpu())
     return torch.cat(out), k
+
+
+def answers(logits: Tensor, y: Tensor) -> Tensor:
+    """(N,) the classes of the largest logits. Where one is infinite or no number there is none: the class after y."""
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), (y + 1) % logits.shape[1])
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

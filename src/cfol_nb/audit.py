@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import math
 import runpy
 import sys
@@ -22,7 +23,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from cfol_nb import plots, stats
-from cfol_nb.attacks import LOSSES, as_float, as_labels, evaluating, margin, pgd, predict, weight_of
+from cfol_nb.attacks import LOSSES, answers, as_float, as_labels, evaluating, margin, pgd, predict, weight_of
 from cfol_nb.autoattack import Evaluation, TimeUp, find_worst, interleaved
 from cfol_nb.config import Attack, AutoAttack, choose
 from cfol_nb.evaluate import Outcomes, evaluate
@@ -84,8 +85,13 @@ def checklist(
     def say(check: str, fine: bool, seen: str, otherwise: str = "fail") -> None:
         rows.append((check, "ok" if fine else otherwise, seen))
 
-    def right(a: Tensor) -> float:
-        return (model(a).argmax(1) == y).double().mean().item()
+    def right(a: Tensor) -> Tensor:
+        return answers(model(a), y) == y
+
+    def rarer(after: Tensor, before: Tensor) -> bool:
+        """Not clearly more right answers after than before, on the same images (McNemar's exact test)."""
+        more, fewer = int((after & ~before).sum()), int((before & ~after).sum())
+        return more == 0 or binomtest(more, more + fewer, 0.5, "greater").pvalue >= 0.01
 
     with evaluating(model), torch.no_grad():
         z = model(x)
@@ -130,30 +136,31 @@ def checklist(
             "look",
         )
         same = bool(len(x) > 1 and (flat - flat[0]).abs().max() <= 1e-6 * flat.abs().max())
-        say(
-            "gradients differ between images", not same, "all alike: the model is linear" if same else "they do", "look"
-        )
+        alike = "all alike: the model is linear" if flat.any() else "all zero"
+        say("gradients differ between images", not same, alike if same else "they do", "look")
 
         losses, held, lost = [], [], 0
         for steps in (1, 5, 20, 100):
             z = model(_pgd(model, x, y, eps, norm, steps, best=True))
             losses.append(F.cross_entropy(z, y).item())
-            held.append((z.argmax(1) == y).double().mean().item())
+            held.append(answers(z, y) == y)
             lost = max(lost, (~z.isfinite()).any(1).double().mean().item())
         say("logits stay finite under attack", lost == 0, f"infinite or no number for {100 * lost:.0f} % of images")
         text = ", ".join(f"{v:.3g}" for v in losses)
         say("the attack's loss rises with its steps", bool(np.all(np.diff(losses) >= -0.01 * max(losses))), text)
-        text = ", ".join(f"{100 * v:.0f}" for v in held) + " % right after 1, 5, 20, 100 steps"
-        say("more steps never help the defender", bool(np.all(np.diff(held) <= 0.01)), text)
+        shares = [100 * h.double().mean().item() for h in held]
+        text = ", ".join(f"{v:.0f}" for v in shares) + " % right after 1, 5, 20, 100 steps"
+        fine = all(rarer(b, a) for a, b in itertools.pairwise(held))
+        say("more steps never help the defender", fine, text)
         far = 1.0 if norm == "linf" else float(x[0].numel() ** 0.5)
-        left = right(_pgd(model, x, y, far, norm, 20, loss="margin", retire=True))
+        left = right(_pgd(model, x, y, far, norm, 20, loss="margin", retire=True)).double().mean().item()
         say("no image withstands an unbounded attack", left == 0, f"{100 * left:.0f} % right at radius {far:g}")
         other = _surrogate(model, x) if surrogate is None else surrogate
         moved = right(_pgd(other, x, y, eps, norm, 20))
         say(
             "transferred attacks are weaker than direct ones",
-            moved >= held[2] - 0.01,
-            f"{100 * moved:.0f} % right after transfer, {100 * held[2]:.0f} % after a direct attack",
+            rarer(held[2], moved),
+            f"{100 * moved.double().mean().item():.0f} % right after transfer, {shares[2]:.0f} % after a direct attack",
         )
     return pd.DataFrame(rows, columns=["check", "verdict", "seen"])
 
@@ -426,8 +433,6 @@ def _checked(
             "the logits have no gradient with respect to the images, on which most attacks rest: "
             "is there an argmax, a detach or a torch.no_grad in the model, or torch.inference_mode around the audit?"
         )
-    if k < 2:
-        raise ValueError(f"the model has {k} output: a classifier has at least 2")
     names = tuple(map(str, class_names if class_names is not None else range(k)))
     if len(set(names)) < k:
         raise ValueError(f"two classes have the same name: {', '.join(names)}")
@@ -450,7 +455,7 @@ def _sweep(model: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: s
     with evaluating(model), torch.no_grad():
         for r in (0.0, *(f * eps for f in FACTORS)):
             points = x if r == 0 else _pgd(model, x, y, r, norm, 20, retire=True)
-            fell = model(points).argmax(1) != y
+            fell = answers(model(points), y) != y
             first[rows[fell.cpu()]] = r
             rows, x, y = rows[~fell.cpu()], x[~fell], y[~fell]
             if not len(rows):
@@ -555,7 +560,7 @@ def audit(
                 first[rows] = _sweep(timed, x, y, eps, norm)
                 predicted[rows] = torch.from_numpy(found.predictions["pgd20"])
                 if state:
-                    write_tensors(state, {"pgd20": predicted, "first": first, "logits": e.logits})
+                    write_tensors(state, {"pgd20": predicted, "first": first, **e.computed})
                 upto(0.1 * (predicted >= 0).double().mean().item())
             # the checks take some 350 passes of an image: a fifth of the time that is left, if 20 images may take it
             many = min(200, max(20, batch_size), max(20.0, (deadline - time.monotonic()) / 5 / (350 * each_pass)))

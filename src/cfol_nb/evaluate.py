@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cfol_nb.attacks import as_float, as_labels, evaluating, pgd, predict, repeating, weight_of
+from cfol_nb.attacks import answers, as_float, as_labels, evaluating, pgd, predict, repeating, weight_of
 from cfol_nb.autoattack import Evaluation
 from cfol_nb.config import Attack, AutoAttack, as_attack
 
@@ -119,7 +119,7 @@ def evaluate(
     outcomes up to each of its attacks, as "name:apgd-ce" and so on. seed: of the random starts. progress: called with
     the number of images done at a time. folder: where AutoAttack keeps its state, to go on from it if it is killed.
     Raises ValueError for images outside [0, 1] and labels that are no class of the model, FloatingPointError for logits
-    that are not finite.
+    of clean images that are not finite. Where they are lost under an attack, the image counts as wrong.
     """
     if attacks is None:
         attacks = {"pgd20": {"eps": 8 / 255, "step": 1 / 255, "steps": 20}}
@@ -139,7 +139,7 @@ def evaluate(
             for name, attack in steps.items():
                 x_adv = pgd(model, x, y, generator=generators[name], check=False, **dict(attack))
                 with torch.no_grad():
-                    predictions[name].append(model(x_adv).argmax(1).cpu())
+                    predictions[name].append(answers(model(x_adv), y).cpu())
             if progress:
                 progress(len(y))
     out = Outcomes(

@@ -148,6 +148,15 @@ def _same_images(several: Sequence[Outcomes]) -> None:
             raise ValueError("these outcomes are not of the same images: they cannot be compared image by image")
 
 
+def _require_images(several: Sequence[Outcomes], attack: str) -> None:
+    if not several:
+        raise ValueError("there are no outcomes to say something of")
+    _same_images(several)
+    for name, n in zip(several[0].class_names, counts(several[0], attack)[1], strict=True):
+        if not n:
+            raise ValueError(f"class {name!r} has no test images: its accuracy, and so the worst one, is unknown")
+
+
 @functools.lru_cache(maxsize=1)  # one table after another is of the same images; 16 kB an image at 2000 draws
 def _weights(labels: bytes, draws: int, seed: int) -> tuple[list[tuple[np.ndarray, ...]], np.random.Generator]:
     """For each class the weights of its images (draws, n) and of a right and a wrong one (draws, 2); the generator."""
@@ -167,9 +176,7 @@ def _resampled(
     that a class without a single success is not taken for certain.
     """
     labels = several[0].labels
-    for name, n in zip(several[0].class_names, counts(several[0], attack)[1], strict=True):
-        if not n:
-            raise ValueError(f"class {name!r} has no test images: its accuracy, and so the worst one, is unknown")
+    _require_images(several, attack)
     right = np.stack([o.correct(attack) for o in several])
     weights, rng = _weights(labels.astype(np.int64).tobytes(), draws, seed)
     out = np.empty((draws, len(several), len(weights)))
@@ -437,7 +444,11 @@ def _summaries(
     """`summary` of each group; the images, and so the costly draws, are the same for many groups."""
     groups = {label: _listed(several) for label, several in groups.items()}
     others, alike, tables = [] if versus is None else _listed(versus), {}, {}
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}: between 0 and 1, as 0.95")
     for label, several in groups.items():
+        if not several:
+            raise ValueError("there are no outcomes to say something of")
         if others and len(others) != len(several):
             raise ValueError(
                 f"{len(several)} runs versus {len(others)}: the same number is needed to compare run by run"
@@ -558,9 +569,14 @@ def chance_weakest(
     """Per class the probability that it is truly the weakest: its share of bootstrap draws in which it is (they add up
     to 1). Images are resampled, runs averaged; a class in doubt with others shares the probability with them."""
     several = _listed(outcomes)
-    _same_images(several)
-    sampled = _resampled(several, attack or last_attack(several[0]), draws, seed)[0].mean(1)
-    share = np.bincount(sampled.argmin(1), minlength=sampled.shape[1]) / draws
+    attack, rng, sampled = attack or last_attack(several[0]), np.random.default_rng(seed), []
+    _require_images(several, attack)
+    right = np.mean([o.correct(attack) for o in several], 0)
+    for c in range(len(several[0].class_names)):  # images of as many right runs weigh as much as one gamma variable
+        share, images = np.unique(right[several[0].labels == c], return_counts=True)
+        weight = rng.standard_gamma(np.r_[images, 0.5, 0.5], (draws, len(images) + 2))
+        sampled.append(weight @ np.r_[share, 1, 0] / weight.sum(1))
+    share = np.bincount(np.argmin(sampled, 0), minlength=len(sampled)) / draws
     return pd.Series(share, several[0].class_names, name="weakest")
 
 
