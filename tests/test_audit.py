@@ -14,7 +14,7 @@ from torch import nn
 from cfol_nb import audit as module
 from cfol_nb import autoattack as aa
 from cfol_nb import stats
-from cfol_nb.audit import audit, checklist, load_model
+from cfol_nb.audit import audit, checklist, load_model, rarer
 from cfol_nb.models import build
 
 
@@ -119,6 +119,19 @@ class Brittle(nn.Module):
     def forward(self, x):
         z = x.flatten(1)[:, :10]
         return torch.where((255 * x - (255 * x).round()).abs().amax((1, 2, 3)).view(-1, 1) < 1e-3, z, torch.nan)
+
+
+def test_a_rise_is_one_where_chance_would_seldom_bring_so_many_back():
+    """Of 20 images: the exact binomial sum, by hand."""
+    for back in range(8):
+        for lost in range(8):
+            before = torch.arange(20) < 10 + lost
+            after = (torch.arange(20) < 10) | (torch.arange(20) >= 20 - back) & ~before
+            back_now = int((after & ~before).sum())
+            p = sum(math.comb(back_now + lost, i) for i in range(back_now, back_now + lost + 1)) / 2 ** (
+                back_now + lost
+            )
+            assert rarer(after, before) == (p >= 0.01)
 
 
 def test_logits_that_are_lost_under_attack_are_named():

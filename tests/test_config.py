@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from pydantic import ValidationError
 
 from cfol_nb.config import RunConfig, Schedule
 
@@ -85,6 +86,15 @@ def test_defaults_fit_the_data_set():
 def test_bad_settings_are_refused(given, says):
     with pytest.raises(ValueError, match=says):
         RunConfig(**given)
+
+
+@pytest.mark.parametrize(
+    "given", [{"eps": 8}, {"eps": "much"}, {"norm": "l1"}, {"attacks": {"a": {"eps": 0.1, "step": 0.1, "steps": 0}}}]
+)
+def test_one_wrong_value_is_one_complaint(given):
+    with pytest.raises(ValidationError) as caught:
+        RunConfig(**given)
+    assert len(caught.value.errors()) == 1
 
 
 def test_schedules_are_torchs():

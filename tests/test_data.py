@@ -172,6 +172,18 @@ def test_one_folder_is_split_here_and_grey_stays_grey(tmp_path):
     assert got.test.counts.tolist() == [2, 2, 2]
 
 
+def test_training_and_test_images_are_of_one_size_and_as_many_channels(tmp_path):
+    write_folder(tmp_path / "a", parts=("train",), mode="L")
+    write_folder(tmp_path / "a", parts=("test",))
+    got, grey = load(f"imagefolder:{tmp_path / 'a'}"), Image.open(tmp_path / "a/train/cat/0.png")
+    assert got.train.images.shape[1:] == got.test.images.shape[1:] == (3, 12, 12)
+    np.testing.assert_array_equal(got.train.images[0], 3 * [np.asarray(grey)])
+    write_folder(tmp_path / "b", parts=("train",), size=(20, 10))
+    write_folder(tmp_path / "b", parts=("test",), size=(16, 16))
+    with pytest.raises(ValueError, match="training images are 20x10 pixels, test images 16x16: state image_size"):
+        load(f"imagefolder:{tmp_path / 'b'}")
+
+
 def test_16_bits_a_pixel_are_refused(tmp_path):
     write_folder(tmp_path / "x")
     Image.fromarray(np.full((12, 12), 40_000, np.uint16)).save(tmp_path / "x/train/cat/0.png")

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from cfol_nb import cli, stats, suite
+from cfol_nb import autoattack, cli, stats, suite
 from cfol_nb.config import RunConfig
 from cfol_nb.files import code_hash
-from cfol_nb.runs import Run, compute, judge, stored
+from cfol_nb.runs import Run, _work, compute, folder_of, judge, resolve, stored
 from cfol_nb.suite import METHODS, PAPER, configurations, estimate
 
 TINY = {"epochs": 2, "train_limit": 24, "test_limit": 6, "steps": 2}
@@ -104,6 +104,45 @@ def test_no_run_is_started_that_the_time_left_cannot_hold(tmp_path, monkeypatch)
     assert started == ["erm", "cfol"]
     assert len(done) == len(list(tmp_path.glob("*.json"))) == 2
     assert sum("needs about 130 s and 40 s are left" in s for s in said) == 2
+
+
+def test_of_an_interrupted_run_only_the_rest_is_counted(tmp_path, monkeypatch):
+    (config,) = configurations("digits", ["erm"], 1, **{**TINY, "lr": 0.11, "epochs": 4})
+    config = resolve(config)
+    folder = folder_of(config)
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(done, total):
+        if 2 * done >= total:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        _work(config.model_dump_json(), str(folder), 1, stop)
+    asked, said = [], []
+    monkeypatch.setattr(suite, "estimate", lambda config: asked.append(config) or 1000.0)
+    assert not list(suite.suite([config], 60 / 60, tmp_path, said.append))
+    needed = int(said[0].split("needs about ")[1].split()[0])
+    assert 450 <= needed < 1000
+    assert asked
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(suite, "compute", lambda configs: pytest.fail("was computed"))
+    with pytest.raises(FileExistsError):
+        list(suite.suite(configurations("digits", ["erm"], 1, **TINY), 5, tmp_path / "file", print))
+
+
+def test_what_the_standard_version_found_is_kept(tmp_path, monkeypatch, capsys):
+    (run,) = compute(configurations("digits", ["erm"], 1, **{**TINY, "test_limit": 1}))
+    monkeypatch.setattr(autoattack, "QUERIES", 20)
+    cli.publish([run.folder.name], tmp_path, "standard")
+    cli.publish([run.folder.name], tmp_path, "fast")
+    assert "judged by the standard version, which is kept" in capsys.readouterr().out
+    (twin,) = suite.published(tmp_path)
+    assert twin.provenance["judged"]["last, autoattack"]["asked"]["version"] == "standard"
 
 
 def test_a_run_that_fails_does_not_stop_the_suite(tmp_path):

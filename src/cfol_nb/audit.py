@@ -62,6 +62,12 @@ def _surrogate(model: nn.Module, x: Tensor) -> nn.Module:
     return student.eval()
 
 
+def rarer(after: Tensor, before: Tensor) -> bool:
+    """Not clearly more right answers after than before, (N,) bool of the same images (McNemar's exact test, 1 %)."""
+    more, fewer = int((after & ~before).sum()), int((before & ~after).sum())
+    return more == 0 or binomtest(more, more + fewer, 0.5, "greater").pvalue >= 0.01
+
+
 def checklist(
     model: nn.Module,
     images: Tensor,
@@ -87,11 +93,6 @@ def checklist(
 
     def right(a: Tensor) -> Tensor:
         return answers(model(a), y) == y
-
-    def rarer(after: Tensor, before: Tensor) -> bool:
-        """Not clearly more right answers after than before, on the same images (McNemar's exact test)."""
-        more, fewer = int((after & ~before).sum()), int((before & ~after).sum())
-        return more == 0 or binomtest(more, more + fewer, 0.5, "greater").pvalue >= 0.01
 
     with evaluating(model), torch.no_grad():
         z = model(x)

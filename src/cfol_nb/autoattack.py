@@ -664,6 +664,8 @@ def find_worst(
     "The worst": of these images, if all were attacked; the confidence is that of naming the same class. The levels are
     divided by the number of classes and of looks (Bonferroni). Classes may tie; then all their images are attacked.
     """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}: between 0 and 1, as 0.95")
     e, k = evaluation, evaluation.num_classes
     e.run(upto=1)
     n = torch.bincount(e.labels, minlength=k)

@@ -71,7 +71,8 @@ def _sentence(error: ValidationError) -> str:
         if e["type"] == "extra_forbidden":
             from cfol_nb.config import RunConfig
 
-            what = f"there is no such setting (known: {', '.join(RunConfig.model_fields)})"
+            known = f" (known: {', '.join(RunConfig.model_fields)})" * (len(e["loc"]) == 1)
+            what = f"there is no such setting{known}"
         parts.append(
             f"{where}: {what}".removeprefix(": ")
             + (f", got {e['input']!r}" if e["type"] not in ("missing", "value_error", "extra_forbidden") else "")
@@ -199,7 +200,7 @@ def suite(
     from cfol_nb.config import choose
     from cfol_nb.stats import headline
 
-    names = [choose("method of the suite", m.strip(), s.METHODS) for m in methods.split(",")]
+    names = list(dict.fromkeys(choose("method of the suite", m.strip(), s.METHODS) for m in methods.split(",")))
     values = {**(s.PAPER if paper else {}), **_settings(dataset, settings)}
     if fixed := sorted({"method", "objective", "seed", "seeds"} & set(values)):
         raise ValueError(f"the suite sets {fixed[0]} itself: use --methods and --seeds")
@@ -211,9 +212,12 @@ def suite(
             groups.setdefault(label, []).append(outcomes)
     if groups:
         typer.echo(headline(groups).to_string())
+    else:
+        raise typer.Exit(1)
 
 
 @app.command()
+@_stoppable
 def publish(
     names: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Names of `cfol-nb list`; * stands for any text.")
@@ -233,8 +237,10 @@ def publish(
     from cfol_nb import suite as s
     from cfol_nb.config import choose
     from cfol_nb.files import ROOT
-    from cfol_nb.runs import Run, judge, stored
+    from cfol_nb.runs import Run, judge, stored, verdicts
 
+    results = results or ROOT / "results"
+    results.mkdir(parents=True, exist_ok=True)
     folders = {f.name: f for f in stored()}
     found = {}
     for name in names:
@@ -244,10 +250,16 @@ def publish(
     if autoattack:
         version = choose("version", autoattack, ("standard", "fast"))
         for eps, norm in dict.fromkeys((r.config.eps, r.config.norm) for r in runs):
-            alike = [r for r in runs if (r.config.eps, r.config.norm) == (eps, norm)]
-            judge(alike, {"autoattack": {"eps": eps, "norm": norm, "version": version}})
+            options, alike = {"eps": eps, "norm": norm, "version": version}, []
+            for run in (r for r in runs if (r.config.eps, r.config.norm) == (eps, norm)):
+                _, kept = verdicts(run, "last").get("autoattack", (None, {}))
+                if kept.get("asked") == {**options, "version": "standard"} and version == "fast":
+                    typer.echo(f"{run.folder.name}: was judged by the standard version, which is kept")
+                else:
+                    alike.append(run)
+            judge(alike, {"autoattack": options})
     for run in runs:
-        typer.echo(s.publish(run, results or ROOT / "results"))
+        typer.echo(s.publish(run, results))
 
 
 @app.command()
@@ -389,3 +401,7 @@ def main() -> None:
     except (RuntimeError, OSError, ArithmeticError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

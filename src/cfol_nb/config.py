@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 def choose(kind: str, name: str, known: Iterable[str]) -> str:
@@ -120,6 +120,14 @@ def as_attack(options: Mapping[str, Any] | Attack | AutoAttack) -> Attack | Auto
     return (AutoAttack if "version" in dict(options) else Attack).model_validate(dict(options))
 
 
+AnyAttack = Annotated[
+    Annotated[Attack, Tag("pgd")] | Annotated[AutoAttack, Tag("autoattack")],
+    Discriminator(
+        lambda v: "autoattack" if isinstance(v, AutoAttack) or (isinstance(v, Mapping) and "version" in v) else "pgd"
+    ),
+]
+
+
 class Imbalance(_Strict):
     """Long-tail subsampling: the largest class keeps all, the smallest 1/factor of it."""
 
@@ -224,7 +232,7 @@ class RunConfig(_Strict):
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay per step of averaged weights, kept beside the others"
     )
-    attacks: dict[str, Attack | AutoAttack] = Field(
+    attacks: dict[str, AnyAttack] = Field(
         description="evaluation attacks by name; default PGD-20 at the training radius"
     )
     seed: int = Field(0, ge=0)
@@ -240,9 +248,13 @@ class RunConfig(_Strict):
             return values
         values = {**(_DIGITS if values.get("dataset", "digits") == "digits" else _IMAGES), **values}
         try:
-            eps = abs(float(values["eps"]))  # a negative one is refused below
+            eps, norm = float(values["eps"]), values.get("norm", "linf")
+            known = norm in ("linf", "l2")
         except (TypeError, ValueError):
-            return values  # refused below, with the field's name
+            known = False
+        if not known:
+            return {"step": 1.0, "attacks": {}, **values}  # refused below, with the field's name
+        check_radius(eps, norm)
         values.setdefault("step", eps / 4 or 1.0)
         values.setdefault(
             "attacks",

@@ -413,6 +413,16 @@ def _imagefolder(name: str, side: int | None, split_seed: int) -> DataSet:
             files = [f for _, fs in classes for f in fs]
             tensors[f"{part}.images"] = _decode(files, Image.open, side, f"decoding {root.name}/{part}")
             tensors[f"{part}.labels"] = torch.cat([torch.full((len(fs),), c) for c, (_, fs) in enumerate(classes)])
+        images = {k: v for k, v in tensors.items() if k.endswith("images")}
+        (_, h, w), *others = (v.shape[1:] for v in images.values())
+        for _, *size in others:
+            if size != [h, w]:
+                raise ValueError(
+                    f"training images are {w}x{h} pixels, test images {size[1]}x{size[0]}: "
+                    "state image_size, for example image_size=32"
+                )
+        channels = max(v.shape[1] for v in images.values())  # grey ones beside coloured ones are coloured, too
+        tensors |= {k: v.expand(-1, channels, -1, -1).contiguous() for k, v in images.items()}
         return tensors, [c for c, _ in listing["train"]]
 
     tensors, names = _cached(root.name, {"listing": key, "side": side}, read)

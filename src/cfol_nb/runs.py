@@ -64,7 +64,7 @@ class RunsFailed(RuntimeError):
     def __init__(self, reasons: dict[str, str], runs: list[Run]):
         self.runs = runs
         super().__init__(
-            f"{len(reasons)} of {len(reasons) + len(runs)} runs failed, the others are stored:\n"
+            f"{len(reasons)} of {len(reasons) + len(runs)} runs failed{', the others are stored' * bool(runs)}:\n"
             + "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
         )
 
@@ -214,9 +214,16 @@ def _work(
 ) -> None:
     """Compute one run into its folder, unless another process did so in the meantime."""
     config, path = RunConfig.model_validate_json(config_json), Path(folder)
+    kept = _Progress(path / "progress")
+
+    def both(done: int, total: int) -> None:
+        kept(done, total)
+        if report:
+            report(done, total)
+
     with threads(config), _alone(path):
         if not whole(path):
-            _compute(config, path, checkpoint_every, report or _Progress(path / "progress"))
+            _compute(config, path, checkpoint_every, both)
 
 
 def threads(config: RunConfig) -> contextlib.AbstractContextManager:
@@ -554,7 +561,9 @@ def judge(
         with bar(len(jobs), "judged") as progress:
             reasons = _do_all(_judge, jobs, configs, lambda path: float(Path(path).exists()), executor, progress)
         if reasons:
-            raise RunsFailed({f"{Path(k).parent.name} under {jobs[k][2]}": v for k, v in reasons.items()}, list(runs))
+            failed = {str(Path(k).parent) for k in reasons}
+            named = {f"{Path(k).parent.name} under {jobs[k][2]}": v for k, v in reasons.items()}
+            raise RunsFailed(named, [run for run in runs if str(run.folder) not in failed])
     out = []
     for run in runs:
         own, found = run.outcomes[which], verdicts(run, which)

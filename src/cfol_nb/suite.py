@@ -177,7 +177,8 @@ def suite(
 
     What is stored is loaded; an interrupted run goes on from its checkpoint. Everything is checked before work starts.
     """
-    end = clock() + 60 * minutes
+    end, results = clock() + 60 * minutes, results or ROOT / "results"
+    results.mkdir(parents=True, exist_ok=True)
     configs = [resolve(c) for c in configs]
     for config in configs:
         check(config)
@@ -206,6 +207,6 @@ def suite(
                 known[kind] = clock() - start
         else:
             (run,) = compute([config])
-        path = publish(run, results or ROOT / "results")
+        path = publish(run, results)
         say(f"{folder.name}: {run.provenance['seconds']['training'] / config.epochs:.2f} s per epoch, {path.name}")
         yield run

@@ -30,19 +30,31 @@ from cfol_nb.objectives import OBJECTIVES, TemporalEnsemble
 from cfol_nb.stats import counts
 
 
+@contextlib.contextmanager
+def _of_its_kind(what: str, spec: dict) -> Iterator[None]:
+    """ValueError, with the name, for options of a wrong type."""
+    try:
+        yield
+    except (TypeError, AttributeError, RuntimeError) as error:
+        given = ", ".join(f"{k}={v!r}" for k, v in spec.items() if k != "name")
+        raise ValueError(f"{what} {spec['name']!r} does not take {given}: {error}") from error
+
+
 def check(config: RunConfig) -> None:
     """Raises ValueError, before any work, for a model, objective or method that is unknown or refuses its options."""
     own = options("method", config.method, METHODS, given=("labels", "num_classes", "seed", "examples"))
-    method = METHODS[config.method["name"]](torch.arange(1000), 1000, 0, 1, **own)  # refuses values it cannot take
+    with _of_its_kind("method", config.method):
+        method = METHODS[config.method["name"]](torch.arange(1000), 1000, 0, 1, **own)  # refuses values it cannot take
     if method.needs_parent and (config.parent is None or config.remake):
         raise ValueError(f"method {config.method['name']!r} goes on from a trained network: give the run a parent")
     if method.needs_objective not in (None, config.objective["name"]):
         raise ValueError(f"method {config.method['name']!r} needs the objective {method.needs_objective!r}")
     own = options("objective", config.objective, OBJECTIVES)
-    OBJECTIVES[config.objective["name"]](**own)
+    with _of_its_kind("objective", config.objective):
+        OBJECTIVES[config.objective["name"]](**own)
     if config.remake is not None:
         options("remake", config.remake, REMAKES, given=("model", "images", "seed", "progress"))
-    with torch.device("meta"):  # takes no memory and no time
+    with _of_its_kind("model", config.model), torch.device("meta"):  # takes no memory and no time
         method.start(build(num_classes=2, channels=3, **config.model))
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no CUDA device: use device='cpu' or 'auto'")
