@@ -329,6 +329,15 @@ def test_damaged_runs_are_refused_and_others_are_untouched(tiny):
         (a.folder / name).unlink()  # as the message says
         assert compute([tiny(seed=0)])[0].history == a.history
         assert (a.folder / name).read_bytes() == whole
+    text = (a.folder / "run.json").read_text()
+    other = json.loads(text)
+    other["correct"]["last"]["clean"][0] += 1
+    for broken in ("{}", "[]", text.replace('"optimizer"', '"optimizr"'), json.dumps(other)):
+        assert broken != text
+        (a.folder / "run.json").write_text(broken)
+        with pytest.raises(Corrupt, match=r"run\.json was changed"):
+            compute([tiny(seed=0)])
+    (a.folder / "run.json").write_text(text)
     assert digest(b.folder) == before
     assert compute([tiny(seed=0)])[0].history == a.history
 

@@ -710,6 +710,8 @@ def autoattack(
     """
     spec = AutoAttack(eps=eps, norm=norm, version=version)
     check_images(x)
+    if torch.finfo(x.dtype).bits < 32:
+        raise ValueError(f"images of {x.dtype}: rounding would take the points out of the ball (images.float())")
     points = x.detach().clone()
     more = {"batch_size": batch_size, "seed": seed, "points": points, "compiled": compiled}
     Evaluation(model, x.detach(), as_labels(y), spec, **more).run()

@@ -69,6 +69,10 @@ class RunsFailed(RuntimeError):
         )
 
 
+def _correct(outcomes: Outcomes) -> dict[str, list[int]]:
+    return {a: counts(outcomes, a)[0].tolist() for a in outcomes.predictions}
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run. outcomes: on the test split, for the "last" and "selected" weights (and "ema")."""
@@ -91,18 +95,20 @@ class Run:
         """A stored run. Raises FileNotFoundError if it is not whole, Corrupt if a file was damaged."""
         stored = read_json(folder / "run.json")
         tensors, meta = read_tensors(folder / "outcomes.safetensors")
-        outcomes = {
-            w: Outcomes.from_tensors({k.removeprefix(f"{w}."): v for k, v in tensors.items()}, meta)
-            for w in stored["correct"]
-        }
-        return cls(
-            RunConfig.model_validate(stored["config"]),
-            folder,
-            stored["history"],
-            stored["selected_epoch"],
-            outcomes,
-            read_json(folder / "provenance.json"),
-        )
+        try:
+            outcomes = {
+                w: Outcomes.from_tensors({k.removeprefix(f"{w}."): v for k, v in tensors.items()}, meta)
+                for w in stored["correct"]
+            }
+            if {w: _correct(o) for w, o in outcomes.items()} != stored["correct"]:
+                raise ValueError("its counts are not those of the predictions")
+            config, origin = RunConfig.model_validate(stored["config"]), read_json(folder / "provenance.json")
+            return cls(config, folder, stored["history"], stored["selected_epoch"], outcomes, {"code": "", **origin})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise Corrupt(
+                f"{folder / 'run.json'} was changed ({reason}); delete the folder to compute it anew"
+            ) from error
 
     def model(self, which: str = "selected") -> nn.Module:
         """The trained network in eval mode, on the run's device if it is here; which: "last", "selected" or "ema"."""
@@ -324,7 +330,7 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
             "selected_epoch": trained.selected_epoch,
             "classes": list(data.class_names),
             "n": counts(found["last"], "clean")[1].tolist(),
-            "correct": {w: {a: counts(o, a)[0].tolist() for a in o.predictions} for w, o in found.items()},
+            "correct": {w: _correct(o) for w, o in found.items()},
         },
     )
     for leftover in (checkpoint, folder / "progress"):
