@@ -44,11 +44,14 @@ def test_single_intervals_hold_where_classes_are_equal_or_one_stands_alone(accur
     [
         ("5 at 40 and 5 at 70 %, 60 a class", 400, ["worst", "tail"]),
         ("one strong class, 60 a class", 400, ["paired worst", "paired tail"]),
+        ("one class a little weaker, 60 a class", 300, ["worst", "tail", "paired worst"]),
+        ("one weaker and rare, 50 and 500 a class", 300, ["mean", "paired mean"]),
         ("100 evenly spaced, versus one weak", 150, ["worst", "paired worst"]),
     ],
 )
-def test_intervals_hold_where_many_classes_lie_close_to_the_worst(case, simulations, names):
-    """Without what lies beyond the draws, 68 and 79 %, and 52 and 48 %."""
+def test_intervals_hold_where_classes_are_no_normal_population(case, simulations, names):
+    """Without what lies beyond the draws the first held in 68 and 79 %, the last two in 52 to 68 %; with the order of
+    classes as correlation the strong one in 88 %; the mean of draws that moved towards each other in 62 %."""
     held = coverage(*CASES[case], simulations=simulations)
     assert min(held[name] for name in names) >= 0.89, held
 
@@ -109,6 +112,15 @@ def test_a_difference_reaches_farther_by_half_of_what_one_side_needs_more_than_t
         expected = [np.minimum(0, apart).sum(), np.maximum(0, apart).sum()]
         np.testing.assert_allclose(more["a - b"], expected, atol=0.002)
         np.testing.assert_allclose(more["b - a"], [-expected[1], -expected[0]], atol=0.002)
+
+
+def test_the_mean_of_nearly_perfect_classes_has_its_normal_interval():
+    labels = np.repeat(np.arange(10), 60)
+    row = stats.summary(outcomes(np.arange(600) % 30 > 0, labels, 10), draws=4000).loc["mean"]  # 2 of 60 are wrong
+    half = 1.96 * np.sqrt(29 / 30 / 30 / 600)
+    assert row["bias"] == pytest.approx(0, abs=1e-3)
+    assert half < row["high"] - row["value"] < 1.2 * half  # an image more, of the prior
+    assert half < row["value"] - row["low"] < 1.25 * half
 
 
 def test_no_interval_of_the_worst_class_or_tail_reaches_above_that_of_the_mean():

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.special import comb, logsumexp, ndtr
+from scipy.special import comb, logsumexp, ndtr, ndtri
 from scipy.stats import binomtest
 
 from cfol_nb.evaluate import Outcomes
@@ -330,19 +330,20 @@ def _beyond(
     to the others that it is taken for one of them. Inference for a minimum asks which classes may be the lowest
     (Chernozhukov, Lee and Rosen 2013); here by two tests without a population. Truths in question: (1) classes as
     measured (S, K), moved outwards by half the standard error, but cut off at both ends alike, so that those beyond the
-    cut are equal; (2) classes as measured but for one of each run, which is lower: the one whose accuracy, less 1.645
-    standard errors, is the lowest. The further the cut, or the lower the class, the fewer draws of the noise (D, S, K)
-    lead as far out, or keep the statistic and that class as far in, as what was measured; a truth is refused where at
-    most 1 - confidence do.
+    cut are equal, and none of them surely below it (Bonferroni); (2) classes as measured but for one of each run, which
+    is lower: the one whose accuracy, less 1.645 standard errors, is the lowest. The further the cut, or the lower the
+    class, the fewer draws of the noise (D, S, K) lead as far out, or keep the statistic and that class as far in, as
+    what was measured; a truth is refused where at most 1 - confidence do.
     """
     size, ends = noise.std(0), (angle.min(-1, keepdims=True), angle.max(-1, keepdims=True))
     step = np.median(size, -1, keepdims=True)
+    top = (angle + ndtri(1 - (1 - confidence) / angle.shape[-1]) * size).min(-1, keepdims=True)
     outward = angle + np.sign(angle - angle.mean(-1, keepdims=True)) * size / 2
     least = (angle - 1.645 * size).argmin(-1)[:, None]
     alone = np.take_along_axis(angle, least, -1)
 
     def alike(far: float) -> np.ndarray:
-        low = ends[0] + far * step
+        low = np.minimum(ends[0] + far * step, top)
         return np.clip(outward, low, np.maximum(ends[1] - far * step, low))
 
     def apart(far: float) -> np.ndarray:
@@ -391,7 +392,8 @@ def _statistics(
     each = np.stack([true(a, noise[:, i], chances[:, i]) for i, a in enumerate(angle)], 1)
     each = np.take_along_axis(each, runs, 1)
     drawn = {name: f(each).mean(-1) for name, f in STATISTICS.items()}
-    drawn["mean"] = np.take_along_axis(np.sin(angle + noise) ** 2, runs, 1).mean((1, 2))  # nothing was chosen
+    unmoved = observed + (sampled - sampled.mean(0)) * np.sqrt((n + 2) / n)  # nothing is chosen in a mean
+    drawn["mean"] = np.take_along_axis(unmoved, runs, 1).mean((1, 2)).clip(0, 1)
     beyond = _beyond(angle, noise, runs, drawn, confidence)
     out = {name: (f(observed).mean(-1), drawn[name], beyond[name]) for name, f in STATISTICS.items()}
     if len(observed) == 1:
