@@ -261,8 +261,8 @@ def test_looks_at_the_held_out_split_are_cheap_by_default(objective, share):
 
     config = RunConfig(epochs=3, objective=objective)
     train(config, *prepare(config)[:2])  # the first call of an operation is slow
-    done = train(config, *prepare(config)[:2])
-    assert 0 < done.looking < share * done.seconds
+    runs = [train(config, *prepare(config)[:2]) for _ in range(5)]  # of a fraction of a second each
+    assert 0 < np.median([run.looking / run.seconds for run in runs]) < share
 
 
 def test_works_in_a_thread_where_signals_cannot_be_caught(tiny, images):
