@@ -33,6 +33,12 @@ CASES = {  # class accuracies, or how they are drawn in each simulation; images 
     "one class a little weaker, 60 a class": (np.r_[0.4, np.full(9, 0.6)], 60),
     "one class a little weaker, 1000 a class": (np.r_[0.55, np.full(9, 0.6)], 1000),
     "one weaker and rare, 50 and 500 a class": (np.r_[0.45, np.full(9, 0.6)], np.r_[50, np.full(9, 500)]),
+    "one a little weaker, versus 10 equal": (np.r_[0.4, np.full(9, 0.6)], 60, np.full(10, 0.6)),
+    "one weaker and rare, versus 10 equal": (
+        np.r_[0.45, np.full(9, 0.6)],
+        np.r_[50, np.full(9, 500)],
+        np.full(10, 0.6),
+    ),
     "the rarer the weaker, 300 to 10 a class": (np.linspace(0.75, 0.4, 10), np.geomspace(300, 10, 10).astype(int)),
     "drawn from Beta(5, 4), 10 of 60": (lambda rng: rng.beta(5, 4, 10), 60),
     "drawn from Beta(5, 4), 100 of 100": (lambda rng: rng.beta(5, 4, 100), 100),
@@ -40,7 +46,7 @@ CASES = {  # class accuracies, or how they are drawn in each simulation; images 
     "drawn from a triangular, 100 of 100": (lambda rng: rng.triangular(0.1, 0.3, 0.95, 100), 100),
 }
 # `stats.summary` was chosen on these cases but for the last two, at other seeds
-SIMULATIONS, SEED, DRAWS = 600, 18, 1000
+SIMULATIONS, SEED, DRAWS = 1000, 19, 1000
 
 
 def outcomes(right: np.ndarray, labels: np.ndarray, k: int) -> Outcomes:

@@ -45,8 +45,8 @@ def test_single_intervals_hold_where_classes_are_equal_or_one_stands_alone(accur
         ("5 at 40 and 5 at 70 %, 60 a class", 400, ["worst", "tail"], 0.89),
         ("one strong class, 60 a class", 400, ["paired worst", "paired tail"], 0.89),
         ("one class a little weaker, 60 a class", 300, ["worst", "tail", "paired worst"], 0.85),
-        ("one weaker and rare, 50 and 500 a class", 300, ["mean", "paired mean"], 0.89),
-        ("100 evenly spaced, versus one weak", 150, ["worst", "paired worst"], 0.85),
+        ("one weaker and rare, 50 and 500 a class", 300, ["mean", "worst", "paired mean", "paired worst"], 0.87),
+        ("100 evenly spaced, versus one weak", 150, ["worst", "paired worst"], 0.89),
     ],
 )
 def test_intervals_hold_where_classes_are_no_normal_population(case, simulations, names, least):
@@ -97,21 +97,40 @@ def test_the_class_that_may_be_the_lowest_counts_also_where_another_was_measured
     assert got[1] == pytest.approx(np.sin(angle[0, 0] - norm.ppf(0.9) * size[0, 0]) ** 2 - 0.7, abs=0.004)
 
 
-def test_a_difference_reaches_farther_by_half_of_what_one_side_needs_more_than_the_other(monkeypatch):
+@pytest.mark.parametrize("r", [0.0, 0.6])
+def test_a_difference_is_made_of_the_arms_of_both_sides_that_lead_there(r):
+    """Of normal draws they are known: 1.96 standard deviations and what lies beyond (Zou and Donner 2008)."""
+    size, rng = np.array([0.03, 0.04]), np.random.default_rng(0)
+    drawn = [0.5, 0.35] + size * (rng.standard_normal((400_000, 2)) @ np.linalg.cholesky([[1, r], [r, 1]]).T)
+    half, (a, b) = 1.96 * np.sqrt((size**2).sum() - 2 * r * size.prod()), 1.96 * size
+
+    def got(own: list[float], base: list[float]) -> np.ndarray:
+        sides = ((x, np.array(y)) for x, y in zip(drawn.T, (own, base), strict=True))
+        return np.array(stats._difference(*sides, 0.95)) - 0.15
+
+    def arm(x: float, y: float) -> float:
+        return np.sqrt(x**2 + y**2 - 2 * r * x * y)
+
+    np.testing.assert_allclose(got([0, 0], [0, 0]), [-half, half], atol=6e-4)
+    np.testing.assert_allclose(got([0.05, -0.02], [0, 0]), [-arm(a + 0.02, b), arm(a + 0.05, b)], atol=6e-4)
+    np.testing.assert_allclose(got([0, 0], [0.05, -0.02]), [-arm(a, b + 0.05), arm(a, b + 0.02)], atol=6e-4)
+    np.testing.assert_allclose(got([-0.05, 0], [-0.03, 0]), [-arm(a + 0.02, b), half], atol=6e-4)  # as of a gap
+    shared = r * 0.02
+    apart = [-arm(a + 0.02 - shared, b), arm(a, b + 0.08 - shared)]
+    np.testing.assert_allclose(got([0, -0.02], [0, -0.08]), apart, atol=6e-4)
+
+
+def test_a_difference_is_the_mirror_image_of_the_other_way_round_and_0_of_like_draws():
     rng, labels = np.random.default_rng(0), np.repeat(np.arange(30), 100)
     weak = np.r_[0.15, np.linspace(0.3, 0.9, 29)]
     a, b = (outcomes(rng.random(3000) < p[labels], labels, 30) for p in (np.linspace(0.2, 0.9, 30), weak))
-    cases = {"a": {}, "b": {}, "a - b": {"versus": b}, "b - a": {"versus": a}}
-    after = {k: stats.summary(b if k[0] == "b" else a, **v) for k, v in cases.items()}
-    monkeypatch.setattr(stats, "ALIKE", {})
-    farther = {k: after[k] - stats.summary(b if k[0] == "b" else a, **v) for k, v in cases.items()}
-    for name in ("worst", "deviation", "gap"):
-        more = {k: f.loc[name, ["low", "high"]].to_numpy(float) for k, f in farther.items()}
-        apart = (more["a"] - more["b"]) / 2
-        assert np.abs(apart).max() > 0.005
-        expected = [np.minimum(0, apart).sum(), np.maximum(0, apart).sum()]
-        np.testing.assert_allclose(more["a - b"], expected, atol=0.002)
-        np.testing.assert_allclose(more["b - a"], [-expected[1], -expected[0]], atol=0.002)
+    there, back = stats.summary(a, versus=b), stats.summary(b, versus=a)
+    np.testing.assert_allclose(there["low"], -back["high"], atol=0.003)
+    np.testing.assert_allclose(there["high"], -back["low"], atol=0.003)
+    drawn = rng.random(500)
+    assert stats._difference((drawn, np.array([0.1, -0.1])), (drawn.copy(), np.array([0.1, -0.1])), 0.95) == (0, 0)
+    like = outcomes(a.correct("pgd") ^ (np.arange(3000) == 1007), labels, 30)  # an image of a class in the middle
+    assert np.abs(stats.summary(a, versus=like).loc["worst", ["low", "high"]]).max() < 0.003
 
 
 def test_the_mean_of_nearly_perfect_classes_has_its_normal_interval():

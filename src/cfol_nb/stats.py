@@ -331,7 +331,7 @@ def _beyond(
     (Chernozhukov, Lee and Rosen 2013); here by two tests without a population. Truths in question: (1) classes as
     measured (S, K), moved outwards by half the standard error, but cut off at both ends alike, so that those beyond the
     cut are equal, and none of them surely below it (Bonferroni); (2) classes as measured but for one of each run, which
-    is lower: the one whose accuracy, less 1.645 standard errors, is the lowest. The further the cut, or the lower the
+    is lower: the one whose accuracy's lower end is the lowest. The further the cut, or the lower the
     class, the fewer draws of the noise (D, S, K) lead as far out, or keep the statistic and that class as far in, as
     what was measured; a truth is refused where at most 1 - confidence do.
     """
@@ -339,7 +339,7 @@ def _beyond(
     step = np.median(size, -1, keepdims=True)
     top = (angle + ndtri(1 - (1 - confidence) / angle.shape[-1]) * size).min(-1, keepdims=True)
     outward = angle + np.sign(angle - angle.mean(-1, keepdims=True)) * size / 2
-    least = (angle - 1.645 * size).argmin(-1)[:, None]
+    least = (angle - ndtri(confidence) * size).argmin(-1)[:, None]
     alone = np.take_along_axis(angle, least, -1)
 
     def alike(far: float) -> np.ndarray:
@@ -373,6 +373,32 @@ def _beyond(
             end = np.quantile(drawn[name], (1 + s * confidence) / 2)
             out[name][i] = s * max(0.0, s * (reached - end))
     return out
+
+
+def _difference(
+    own: tuple[np.ndarray, np.ndarray], base: tuple[np.ndarray, np.ndarray], confidence: float
+) -> tuple[float, float]:
+    """low, high of the difference of two statistics, each given as its draws (D,) and how far it may lie beyond them.
+
+    Quantiles of the differences of the draws, and farther as an interval does that is made of two (MOVER; Zou and
+    Donner 2008): the square of its arm is a^2 + b^2 - 2 r a b, where a and b are the arms of the two that lead there,
+    and r is the correlation of their draws. What is beyond the draws makes a and b longer. What lies there on both
+    sides because their classes are more alike than measured cancels; because one stands apart, a share of r.
+    """
+    tails = [(1 - confidence) / 2, 0.5, (1 + confidence) / 2]
+    noise = np.stack([x - x.mean() for x, _ in (own, base)])
+    (a, product), (_, b) = noise @ noise.T
+    r = round(product / np.sqrt(max(a * b, 1e-300)), 9)  # 1 for the same draws
+    shared = np.minimum(np.abs(own[1]), np.abs(base[1])) * [1, max(r, 0)]
+    arms, longer = [], []
+    for drawn, beyond in (own, base):
+        beyond = np.sign(beyond) * (np.abs(beyond) - shared)
+        arms.append(np.diff(np.quantile(drawn, tails)))
+        longer.append(arms[-1] + [-np.minimum(0, beyond).sum(), np.maximum(0, beyond).sum()])
+    before, after = (a**2 + b[::-1] ** 2 - 2 * r * a * b[::-1] for a, b in (arms, longer))
+    low, middle, high = np.quantile(own[0] - base[0], tails)
+    arm = np.sqrt(np.array([middle - low, high - middle]) ** 2 + np.maximum(after - before, 0))
+    return max(middle - arm[0], -1), min(middle + arm[1], 1)
 
 
 def _statistics(
@@ -426,10 +452,10 @@ def summary(
     accuracies lies below the true minimum, the more the more classes are alike; the draws are therefore those of a
     hierarchical model (`true_accuracies`), but for the mean's, and the interval is widened to hold the value where it
     does not. Where classes may lie closer to the worst than the model takes them to, or the worst may be alone, the
-    worst, tail, gap and deviation reach farther (`_beyond`), and a difference by half of what one side needs more than
-    the other. With fewer than ten right answers in the worst class, its interval reaches at least as high as that of
-    one class alone, and a difference farther on both sides, up to half an image where none is right (5/K of one, K > 10
-    classes). Simulated coverage of the stated 95 % is in benchmarks/coverage.py and tests/test_coverage.py.
+    worst, tail, gap and deviation reach farther (`_beyond`), and so do their differences (`_difference`). With fewer
+    than ten right answers in the worst class, its interval reaches at least as high as that of one class alone, and a
+    difference farther on both sides, up to half an image where none is right (5/K of one, K > 10 classes). Simulated
+    coverage of the stated 95 % is in benchmarks/coverage.py and tests/test_coverage.py.
     bias: the value minus the mean of those draws, an estimate of how far the noise of the test set takes it off.
     """
     return _summaries({"": several}, attack, versus, confidence, draws, seed)[""]
@@ -479,19 +505,19 @@ def _summaries(
             differ = any(
                 (a.correct(name) != b.correct(name)).any() for a, b in zip(groups[label], others, strict=False)
             )
-            if others:
-                against = base if differ else table  # runs with the same answers differ by exactly 0
-                table = {k: tuple(a - b for a, b in zip(table[k], against[k], strict=True)) for k in table}
+            against = base if differ else table  # runs with the same answers differ by exactly 0
             compared, rows = observed[[*range(len(others)), *range(own.start, own.stop)]], {}
             n = images[compared.argmin(1)]  # of the worst class of each run
             least = int((compared.min(1) * n).argmin())
             few, n = max(0, FEW - compared[least].min() * n[least]) * (differ or not others), n[least]
             for k, (value, drawn, beyond) in table.items():
-                low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-                beyond = beyond / 2 if others else beyond  # seldom are both sides where that is worst
-                low, high = low + np.minimum(0, beyond).sum(), high + np.maximum(0, beyond).sum()
-                if not others and k in ("tail", "worst", "worst_of_mean"):
-                    high = min(high, rows["mean"][2])
+                if others:
+                    low, high = _difference((drawn, beyond), against[k][1:], confidence)
+                    value, drawn = value - against[k][0], drawn - against[k][1]
+                else:
+                    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+                    low, high = low + np.minimum(0, beyond).sum(), high + np.maximum(0, beyond).sum()
+                    high = min(high, rows["mean"][2]) if k in ("tail", "worst", "worst_of_mean") else high
                 if k.startswith("worst") and few:  # what is drawn above varies too little
                     if others:
                         more = few / FEW * min(0.5, 5 / len(images)) / n
