@@ -510,20 +510,18 @@ def _summaries(
             n = images[compared.argmin(1)]  # of the worst class of each run
             least = int((compared.min(1) * n).argmin())
             few, n = max(0, FEW - compared[least].min() * n[least]) * (differ or not others), n[least]
+            more = few and few / FEW * min(0.5, 5 / len(images)) / n
             for k, (value, drawn, beyond) in table.items():
+                scarce = few and k.startswith("worst")  # what is drawn varies too little
                 if others:
                     low, high = _difference((drawn, beyond), against[k][1:], confidence)
                     value, drawn = value - against[k][0], drawn - against[k][1]
+                    low, high = (max(low - more, -1), min(high + more, 1)) if scarce else (low, high)
                 else:
                     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
                     low, high = low + np.minimum(0, beyond).sum(), high + np.maximum(0, beyond).sum()
                     high = min(high, rows["mean"][2]) if k in ("tail", "worst", "worst_of_mean") else high
-                if k.startswith("worst") and few:  # what is drawn above varies too little
-                    if others:
-                        more = few / FEW * min(0.5, 5 / len(images)) / n
-                        low, high = max(low - more, -1), min(high + more, 1)
-                    else:
-                        high = max(high, wilson(round(value * n), n, confidence)[1])
+                    high = max(high, wilson(round(value * n), n, confidence)[1]) if scarce else high
                 rows[k] = value, min(low, value), max(high, value), value - drawn.mean(), own.stop - own.start
             columns = ["value", "low", "high", "bias", "seeds"]
             tables[label] = pd.DataFrame.from_dict(rows, "index", columns=columns).rename_axis("statistic")
