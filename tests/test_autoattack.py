@@ -553,6 +553,18 @@ def test_the_budget_finds_the_worst_class_and_spares_the_others():
     assert np.mean(spent) < 0.5
 
 
+@pytest.mark.parametrize("n", [20, 30, 60, 1000])
+def test_of_any_number_of_images_the_class_with_the_fewest_that_hold_is_named(n):
+    """Also where that is decided by the last image, in every count (1/n and a/n are rounded)."""
+    for held in range(1, n - 1, max(1, n // 100)):
+        labels = torch.arange(3).repeat_interleave(n)
+        broken = torch.arange(n).repeat(3) >= torch.tensor([held, held + 1, n])[labels]
+        verdict = find_worst(Simulated(labels, broken, broken, 0))
+        assert verdict.decided
+        assert verdict.classes == [0]
+        assert (verdict.low == verdict.high)[:2].all()
+
+
 def test_equal_classes_are_called_undecided():
     labels = torch.arange(4).repeat_interleave(50)
     broken = (torch.arange(200) % 2).bool()

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from cfol_nb import plots, stats
+from cfol_nb import data, plots, stats
 from cfol_nb.attacks import LOSSES, answers, as_float, as_labels, evaluating, margin, pgd, predict, weight_of
 from cfol_nb.autoattack import Evaluation, TimeUp, find_worst, interleaved
 from cfol_nb.config import Attack, AutoAttack, choose
+from cfol_nb.data import ImageSet
 from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.files import bar, read_tensors, runs_dir, write_tensors
 from cfol_nb.models import Normalize, build
@@ -180,6 +181,27 @@ def black_box_check(outcomes: Outcomes) -> pd.DataFrame:
 # -- models of others --------------------------------------------------------------------------------------------------
 
 
+def _stored(source: str) -> Run:
+    """The run of "run:NAME" or "run:NAME:selected"."""
+    folder = source.split(":")[1]
+    known = runs_dir() / "store" / folder
+    if not (known.exists() or (Path(folder) / "run.json").exists()):
+        raise FileNotFoundError(f"there is no stored run {folder!r} (`cfol-nb list` shows them)")
+    return Run.load(known if known.exists() else Path(folder))
+
+
+def unseen(source: str, dataset: str, image_size: int | None = None) -> ImageSet:
+    """The images on which a model may be judged, `source` and `dataset` named as for `load_model` and `data.load`: the
+    test split. A single folder has none: all of it. A stored run may have seen a part of that: it is judged on what its
+    own split kept for testing, in its image size and without the classes it was trained without.
+    """
+    if not source.startswith("run:"):
+        return data.load(dataset, image_size=image_size, split_seed=None).test
+    own = _stored(source).config
+    test = data.load(dataset, image_size=image_size or own.image_size, split_seed=own.split_seed).test
+    return data.leave_out(test, own.without if dataset == own.dataset else ())
+
+
 def load_model(source: str, weights: Path | None, num_classes: int, channels: int) -> nn.Module:
     """A model that maps images in [0, 1] to logits, in eval mode, in float32.
 
@@ -198,13 +220,9 @@ def load_model(source: str, weights: Path | None, num_classes: int, channels: in
         body = torchvision.models.get_model(rest, weights=None, num_classes=num_classes)
         module, model = body, nn.Sequential(Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), body)
     elif kind == "run":
-        folder, _, which = rest.partition(":")
         if weights:
             raise ValueError("a run has its own weights: leave out the weights file")
-        known = runs_dir() / "store" / folder
-        if not (known.exists() or (Path(folder) / "run.json").exists()):
-            raise FileNotFoundError(f"there is no stored run {folder!r} (`cfol-nb list` shows them)")
-        return Run.load(known if known.exists() else Path(folder)).model(which or "last")
+        return _stored(source).model(source.split(":")[2] if source.count(":") > 1 else "last")
     elif source.rpartition(":")[0].endswith(".py"):
         path, _, function = source.rpartition(":")
         if not Path(path).is_file():
@@ -376,10 +394,10 @@ class Audit:
                 ("What the attack turns a class into", plots.confusion(stats.confusion(self.outcomes), names)),
                 *([("The images that fall first", self.first_to_fall())] if len(self.gallery[2]) else []),
             ):
-                data = io.BytesIO()
-                figure.savefig(data, format="png", dpi=110)
+                picture = io.BytesIO()
+                figure.savefig(picture, format="png", dpi=110)
                 plots.plt.close(figure)
-                code = base64.b64encode(data.getvalue()).decode()
+                code = base64.b64encode(picture.getvalue()).decode()
                 pictures.append(f'<h2>{html.escape(title)}</h2><img alt="{title}" src="data:image/png;base64,{code}">')
 
         def part(title: str, frame: pd.DataFrame, index: bool = False) -> str:
@@ -524,10 +542,11 @@ def audit(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1 is needed")
     spec = AutoAttack(eps=eps, norm=norm, version=version)
+    eps, images = spec.eps, images.detach()
     names, clean = _checked(model, images, labels, class_names, batch_size)
     each_pass = (time.monotonic() - start) / len(labels)
     # what comes last, the gallery, takes some 60 passes of each image
-    deadline = math.inf if minutes is None else start + 60 * minutes - 60 * show * each_pass
+    deadline = math.inf if minutes is None else start + 60 * minutes - min(60 * show * each_pass, 30 * minutes)
     pgd20 = Attack(eps=eps, step=max(eps / 8, 1e-12), steps=20, norm=norm)
     with bar(100, "audit") as progress:
 
@@ -553,9 +572,10 @@ def audit(
         order, spent, note = interleaved(labels, seed), e.seconds, ""
         timed, checks = _Timed(model, deadline), pd.DataFrame(columns=["check", "verdict", "seen"])
         try:
-            left = order[predicted[order] < 0]
-            for i in range(0, len(left), batch_size):
-                rows = left[i : i + batch_size]
+            while len(left := order[predicted[order] < 0]):
+                # some 300 passes of each image, so that a limit leaves more than the half of a batch
+                room = batch_size if minutes is None else (deadline - time.monotonic()) / 4 / (300 * each_pass)
+                rows = left[: max(min(batch_size, int(room)), 1)]
                 x, y = images[rows], labels[rows]
                 found = evaluate(timed, x, y, {"pgd20": pgd20}, batch_size=batch_size, seed=seed)
                 first[rows] = _sweep(timed, x, y, eps, norm)
@@ -574,7 +594,7 @@ def audit(
                 left = ", ".join(names[c] for c in verdict.classes)
                 if not e.finished.all():
                     note = (
-                        f"Of these images {left} is the worst class, at 95 % confidence"
+                        f"Of these images {left} is the worst class, at 95 % confidence (others may name another)"
                         if verdict.decided
                         else f"Not decided between {left}, with all their images attacked"
                     ) + "; the other classes were attacked in part."

@@ -520,7 +520,8 @@ class Evaluation:
         """16 hexadecimal digits of the weights, the images, the labels and the settings."""
         h = hashlib.sha256(f"{self.spec.model_dump_json()} {self.batch_size} {self.seed} {code_hash()}".encode())
         for t in (*self.model.state_dict().values(), self.images, self.labels):
-            h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            tensor = torch.is_tensor(t)  # a module may keep something else there, too
+            h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if tensor else repr(t).encode())
         return h.hexdigest()[:16]
 
     @property
@@ -671,7 +672,8 @@ def find_worst(
     n = torch.bincount(e.labels, minlength=k)
     order = torch.randperm(len(e.labels), generator=torch.Generator().manual_seed(e.seed))
     left = [order[(e.labels[order] == c) & (e.broken_by[order] != 0) & (e.broken_by[order] != 1)] for c in range(k)]
-    low, high = torch.zeros(k), torch.tensor([len(i) for i in left]) / n
+    # in double precision, where equal shares of different counts are equal
+    low, high = torch.zeros(k, dtype=torch.float64), torch.tensor([len(i) for i in left]).double() / n
     rivals, level = [c for c in range(k) if n[c]], (1 - confidence) / (2 * k * len(shares))
     for share in shares:
         tried = {c: left[c][: -int(-share * len(left[c]) // 1)] for c in rivals}
@@ -679,7 +681,7 @@ def find_worst(
         for c in rivals:
             held = int((e.broken_by[tried[c]] < 0).sum())
             a, b = remaining(len(left[c]), len(tried[c]), held, level)
-            low[c], high[c] = max(low[c], a / n[c]), min(high[c], b / n[c])
+            low[c], high[c] = max(low[c].item(), a / n[c].item()), min(high[c].item(), b / n[c].item())
         rivals = [c for c in rivals if low[c] <= high[rivals].min()]
         if len(rivals) == 1:
             break

@@ -309,10 +309,9 @@ def audit(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: there is no CUDA device here")
-    if not isinstance(radius := parse(eps), int | float):
+    if isinstance(radius := parse(eps), bool) or not isinstance(radius, int | float):
         raise ValueError(f"eps={eps}: a number is needed, such as 8/255")
-    known = d.load(data, image_size=image_size)
-    images = d.limit(known.unseen(model), limit)
+    images = d.limit(a.unseen(model, data, image_size), limit)
     typer.echo(
         f"{len(images)} images of {len(images.class_names)} classes, in this order: {', '.join(images.class_names)}"
     )
@@ -341,7 +340,8 @@ def audit(
     typer.echo(f"\nimages that each attack was the first to break\n{found.broken_by().to_string()}")
     if len(found.checks):
         typer.echo(f"\n{found.checks.to_string(index=False)}")
-    typer.echo(f"\n{found.verdict()}\n\n{found.html(folder / 'audit.html')}")
+    typer.echo(f"\n{found.verdict()}\n")
+    typer.echo(found.html(folder / "audit.html"))
 
 
 @app.command()

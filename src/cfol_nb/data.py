@@ -82,15 +82,6 @@ class DataSet:
     test: ImageSet
     crop: int  # pixels of padding before a random crop; 0: no crop
     flip: bool  # whether a mirrored image keeps its class
-    cut: bool = False  # whether the test split was cut from a single folder
-
-    def unseen(self, model: str) -> ImageSet:
-        """What an audit judges: the test split. A single folder has none: of it our own runs ("run:...") have seen a
-        part, other models are given all."""
-        a, b = self.train, self.test
-        if not self.cut or model.startswith("run:"):
-            return b
-        return ImageSet(torch.cat([a.images, b.images]), torch.cat([a.labels, b.labels]), a.class_names)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -216,19 +207,20 @@ DATASETS = ("digits", *SOURCES, "imagefolder:PATH")
 _DIGITS = tuple("0123456789")
 
 
-def load(name: str, *, image_size: int | None = None, split_seed: int = 0, download: bool = False) -> DataSet:
+def load(name: str, *, image_size: int | None = None, split_seed: int | None = 0, download: bool = False) -> DataSet:
     """A data set by name: "digits" (embedded), one of torchvision's, or "imagefolder:PATH".
 
     image_size: side in pixels to which every image is resized (shorter side, then the centre); None keeps the stored
     size, which must then be one for all. split_seed: of the test split, where the data come without one (a third of
-    digits, a fifth of a single folder). download: fetch what is missing into data/ (torchvision's sets only).
+    digits, a fifth of a single folder; None: a single folder is not split, both splits are all of it). download: fetch
+    what is missing into data/ (torchvision's sets only).
 
     PATH has `train/` and `test/` (or `val/`) with one folder per class, or the class folders themselves; a relative one
     is looked for in the current folder, in the project and in data/. Decoded images are kept in data/cache/.
     Raises ValueError for an unknown name or unusable images, FileNotFoundError for data that are not there.
     """
     if name == "digits":
-        return _digits(image_size, split_seed)
+        return _digits(image_size, split_seed or 0)
     if name.startswith("imagefolder:"):
         return _imagefolder(name, image_size, split_seed)
     make, crop, flip, side = SOURCES[choose("data set", name, DATASETS)]
@@ -428,7 +420,8 @@ def _imagefolder(name: str, side: int | None, split_seed: int) -> DataSet:
     tensors, names = _cached(root.name, {"listing": key, "side": side}, read)
     if "test.images" not in tensors:
         whole = ImageSet(tensors["train.images"], tensors["train.labels"], tuple(names))
-        return DataSet(name, *split(whole, 0.2, split_seed), crop=4, flip=True, cut=True)
+        parts = (whole, whole) if split_seed is None else split(whole, 0.2, split_seed)
+        return DataSet(name, *parts, crop=4, flip=True)
     return _dataset(name, tensors, names, crop=4, flip=True)
 
 

@@ -240,7 +240,7 @@ def radii(table: pd.DataFrame, weakest: str | None = None) -> Figure:
     ax.plot(table.index, table.mean(axis=1), color="#444444", ls="--", lw=1.6, label="mean of classes", zorder=2)
     if weakest is not None:
         ax.plot(table.index, table[weakest], "o-", color=ROBUST, lw=2.4, ms=4, label=weakest, zorder=3)
-    ax.set(xlabel="radius", ylabel="accuracy under PGD-20", ylim=(0, 1.02), xlim=(0, table.index[-1]))
+    ax.set(xlabel="radius", ylabel="accuracy under PGD-20", ylim=(0, 1.02), xlim=(0, table.index[-1] or 1))
     ax.legend(frameon=True, fontsize=9)
     return fig
 
@@ -248,17 +248,15 @@ def radii(table: pd.DataFrame, weakest: str | None = None) -> Figure:
 def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     """Row: true class, column: what it is taken for, in per cent of the row; the diagonal is left out."""
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = max(3.6, 0.42 * len(names))
+    side = min(max(3.6, 0.42 * len(names)), 24)
     fig, ax = plt.subplots(figsize=(side + 1.4, side))
     sns.heatmap(
-        share,
+        pd.DataFrame(share, names, names),  # as many names beside it as there is room for
         mask=np.eye(len(names), dtype=bool),
         cmap="rocket_r",
         vmin=0,
         annot=len(names) <= 12,
         fmt=".0f",
-        xticklabels=list(names),
-        yticklabels=list(names),
         cbar_kws={"label": "% of the class"},
         ax=ax,
     )
