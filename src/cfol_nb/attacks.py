@@ -114,8 +114,6 @@ def predict(
             logits = model(as_float(images[i : i + batch_size], tensor.dtype, tensor.device))
             if not torch.is_tensor(logits):
                 raise ValueError(f"the model returns a {type(logits).__name__}: a tensor of logits is needed")
-            if logits.is_floating_point() and torch.finfo(logits.dtype).bits < 32:
-                raise ValueError(f"the logits are {logits.dtype}: attacks are judged in float32 or better")
             if logits.ndim != 2 or len(logits) != len(images[i : i + batch_size]):
                 raise ValueError(
                     f"the model maps {len(images[i : i + batch_size])} images to {tuple(logits.shape)}: "

@@ -452,6 +452,8 @@ def _checked(
             "the logits have no gradient with respect to the images, on which most attacks rest: "
             "is there an argmax, a detach or a torch.no_grad in the model, or torch.inference_mode around the audit?"
         )
+    if torch.finfo(z.dtype).bits < 32:
+        raise ValueError(f"the logits are {z.dtype}: attacks are judged in float32 or better")
     names = tuple(map(str, class_names if class_names is not None else range(k)))
     if len(set(names)) < k:
         raise ValueError(f"two classes have the same name: {', '.join(names)}")
