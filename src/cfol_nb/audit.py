@@ -181,13 +181,13 @@ def black_box_check(outcomes: Outcomes) -> pd.DataFrame:
 # -- models of others --------------------------------------------------------------------------------------------------
 
 
-def _stored(source: str) -> Run:
-    """The run of "run:NAME" or "run:NAME:selected"."""
-    folder = source.split(":")[1]
+def _stored(source: str) -> tuple[Run, str]:
+    """The run of "run:NAME" or "run:NAME:selected", and which of its weights."""
+    _, folder, *which = source.split(":")
     known = runs_dir() / "store" / folder
     if not (known.exists() or (Path(folder) / "run.json").exists()):
         raise FileNotFoundError(f"there is no stored run {folder!r} (`cfol-nb list` shows them)")
-    return Run.load(known if known.exists() else Path(folder))
+    return Run.load(known if known.exists() else Path(folder)), ":".join(which) or "last"
 
 
 def unseen(source: str, dataset: str, image_size: int | None = None) -> ImageSet:
@@ -197,7 +197,7 @@ def unseen(source: str, dataset: str, image_size: int | None = None) -> ImageSet
     """
     if not source.startswith("run:"):
         return data.load(dataset, image_size=image_size, split_seed=None).test
-    own = _stored(source).config
+    own = _stored(source)[0].config
     test = data.load(dataset, image_size=image_size or own.image_size, split_seed=own.split_seed).test
     return data.leave_out(test, own.without if dataset == own.dataset else ())
 
@@ -222,7 +222,8 @@ def load_model(source: str, weights: Path | None, num_classes: int, channels: in
     elif kind == "run":
         if weights:
             raise ValueError("a run has its own weights: leave out the weights file")
-        return _stored(source).model(source.split(":")[2] if source.count(":") > 1 else "last")
+        run, which = _stored(source)
+        return run.model(which)
     elif source.rpartition(":")[0].endswith(".py"):
         path, _, function = source.rpartition(":")
         if not Path(path).is_file():
@@ -553,7 +554,8 @@ def audit(
     with bar(100, "audit") as progress:
 
         def upto(share: float) -> None:
-            progress.update(100 * share - progress.n)
+            late = (time.monotonic() - start) / (60 * minutes) if minutes else 0.0
+            progress.update(100 * min(max(share, late), 1) - progress.n)  # the time left is never beyond the limit
 
         e = Evaluation(
             model,
@@ -603,14 +605,14 @@ def audit(
             else:
                 e.run()
         except TimeUp:
-            note = f"The audit was stopped after {minutes:g} minutes"
+            note = "The audit was stopped at its time limit"
             if checks.empty:
                 note += ", before the checks of its numbers"
             note += "."
     fresh = (predicted < 0).numpy()
     if fresh.all():
         raise ValueError(
-            f"minutes={minutes:g} are over before any image was attacked: give more time, fewer images or smaller ones"
+            "the time limit came before any image was attacked: give more minutes, fewer images or smaller ones"
         )
     if fresh.any():
         note += f" PGD-20 came to {(~fresh).sum()} of {len(fresh)} images; the others count as withstanding it."

@@ -93,7 +93,9 @@ def run(
     file: Annotated[
         Path | None, typer.Option("-f", "--file", help="YAML file of parameters, as in notebooks/parameters/; -p wins.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the executed notebooks; default runs/notebooks.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder of the executed notebooks; default runs/notebooks.")
+    ] = None,
     store: Annotated[
         bool, typer.Option("--store", help="Renew the stored runs in notebooks/ (defaults only).")
     ] = False,
@@ -184,7 +186,9 @@ def suite(
     paper: Annotated[
         bool, typer.Option("--paper", help="200 epochs, decay at 100 and 150; else 30, one-cycle.")
     ] = False,
-    results: Annotated[Path | None, typer.Option(help="Folder of the JSONs; default results/.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder of the JSONs; default results/.")
+    ] = None,
     settings: Annotated[
         list[str], typer.Option("-s", "--set", metavar="NAME=VALUE", help="Any setting of RunConfig, as for train.")
     ] = [],  # noqa: B006
@@ -222,7 +226,9 @@ def publish(
     names: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Names of `cfol-nb list`; * stands for any text.")
     ],
-    results: Annotated[Path | None, typer.Option(help="Folder of the JSONs; default results/.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder of the JSONs; default results/.")
+    ] = None,
     autoattack: Annotated[
         str | None,
         typer.Option(metavar="VERSION", help="Judge the last weights by AutoAttack first: standard or fast."),
@@ -263,7 +269,7 @@ def publish(
 
 
 @app.command()
-def report(out: Annotated[Path, typer.Option(help="Folder of the pages.")] = Path("site")) -> None:
+def report(out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the pages.")] = Path("site")) -> None:
     """Turn the executed notebooks into a small site of HTML that needs no network."""
     from cfol_nb import headless
 
@@ -289,7 +295,9 @@ def audit(
     image_size: Annotated[int | None, typer.Option(min=1, help="Resize to this side.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Attack a compiled copy; pays in long audits.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the page; default runs/audits/MODEL-HASH.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder of the page; default runs/audits/MODEL-HASH.")
+    ] = None,
 ) -> None:
     """Audit any model: which class is weakest, how sure is that, what attacks it? Prints it and writes one HTML page.
 
@@ -297,6 +305,8 @@ def audit(
 
     Example: cfol-nb audit --model net.py:make --weights net.safetensors --data imagefolder:photos --minutes 30
     """
+    start = time.monotonic()  # importing torch, decoding images and loading weights count, too
+
     import torch
 
     from cfol_nb import audit as a
@@ -331,7 +341,7 @@ def audit(
         version=version,
         name=name,
         worst_only=worst_only,
-        minutes=minutes,
+        minutes=None if minutes is None else max(minutes - (time.monotonic() - start) / 60, 0),
         folder=folder,
         compiled=compiled,
     )

@@ -36,7 +36,7 @@ import torch
 from torch import nn
 
 from cfol_nb.attacks import one_thread, repeating
-from cfol_nb.config import RunConfig, as_attack
+from cfol_nb.config import RunConfig, as_attack, choose
 from cfol_nb.data import fingerprint, prepare
 from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.features import REMAKES, remake_steps
@@ -113,6 +113,7 @@ class Run:
     def model(self, which: str = "selected") -> nn.Module:
         """The trained network in eval mode, on the run's device if it is here; which: "last", "selected" or "ema"."""
         tensors, meta = read_tensors(self.folder / "weights.safetensors")
+        which = choose("weights of this run", which, {k.partition(".")[0] for k in tensors})
         state = {k.removeprefix(f"{which}."): v for k, v in tensors.items() if k.startswith(f"{which}.")}
         model = make_model(self.config, **meta["build"])
         model.load_state_dict(state)
