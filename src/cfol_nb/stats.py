@@ -29,6 +29,7 @@ def counts(outcomes: Outcomes, attack: str) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+@functools.lru_cache(maxsize=10_000)
 def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion (1927); (nan, nan) without images."""
     if n == 0:
