@@ -333,7 +333,7 @@ def test_spending_on_the_worst_says_what_it_skipped(trained, digits, quick):  # 
 
 
 class Counts(nn.Module):
-    """Its first parameter is an integer."""
+    """Its first parameter is an integer, and it takes its images in no other layout."""
 
     def __init__(self):
         super().__init__()
@@ -341,14 +341,15 @@ class Counts(nn.Module):
         self.net = build("smallcnn", num_classes=2, channels=4)
 
     def forward(self, x):
+        assert x.is_contiguous()
         return self.net(x)
 
 
 def test_images_of_four_channels_as_arrays_of_numpy(tmp_path):
     torch.manual_seed(0)
-    x = np.random.default_rng(0).random((40, 4, 8, 8), np.float32)
+    x = np.random.default_rng(0).random((40, 8, 8, 4), np.float32).transpose(0, 3, 1, 2)
     model = Counts().eval()
-    y = model(torch.from_numpy(x)).argmax(1)
+    y = model(torch.from_numpy(x).contiguous()).argmax(1)
     y[:2] = torch.tensor([0, 1])  # both classes have images
     found = audit(model, x, y.numpy(), eps=0.01, version="fast", show=0)
     assert verdicts(found.checks)["transferred attacks are weaker than direct ones"] == "ok"

@@ -529,10 +529,10 @@ def audit(
     folder: where what was found is kept after every batch, from which the same audit goes on when it was stopped.
     surrogate: see `checklist`. compiled: attack a compiled copy of the model (half a minute, pays in long audits).
     batch_size: images at a time; by default 250 of 3 x 32 x 32, fewer if they are larger (on a GPU beyond 16 times that
-    size). show: images in the gallery.
+    size); random draws depend on it. show: images in the gallery.
     Everything that can be refused is refused before the first attack: ValueError, FloatingPointError.
     """
-    start, labels, images = time.monotonic(), as_labels(labels), torch.as_tensor(images)
+    start, labels, images = time.monotonic(), as_labels(labels), torch.as_tensor(images).contiguous()
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model is a {type(model).__name__}: a torch.nn.Module is needed")
     if images.ndim != 4:

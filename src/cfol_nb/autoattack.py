@@ -424,7 +424,7 @@ def _layout(model: nn.Module, x: Tensor, logits: Tensor) -> torch.memory_format:
     try:
         other = model(x.contiguous(memory_format=torch.channels_last))
         same = torch.allclose(other, logits, rtol=1e-3, atol=1e-3) and bool((other.argmax(1) == logits.argmax(1)).all())
-    except RuntimeError:  # a view that needs contiguous memory
+    except Exception:  # a view that needs contiguous memory, or whatever the model's code asks for
         same = False
     return torch.channels_last if same else torch.contiguous_format
 
@@ -705,8 +705,8 @@ def autoattack(
     model: maps images to (n, K) logits, K >= 2; attacked in eval mode, in its own type (float32 or better), left as it
     was. x: (n, C, H, W) floating point in [0, 1]. y: (n,) int64. eps: in the unit of x. norm: "linf" or "l2".
     version: "standard" (9 targets, 100 iterations, 5000 queries: Croce and Hein 2020), or "fast" (APGD-CE and APGD-T
-    with 3 targets, about 12 times cheaper, weaker). batch_size: images at a time. compiled: attack a compiled copy of
-    the model; takes half a minute, and pays where the attack takes many.
+    with 3 targets, about 12 times cheaper, weaker). batch_size: images at a time; random draws depend on it. compiled:
+    attack a compiled copy of the model; takes half a minute, and pays where the attack takes many.
     Returns (n, C, H, W), detached: misclassified points in the ball and in [0, 1], and the image itself where none was
     found. ValueError for bad input.
     """
