@@ -3,7 +3,6 @@ import subprocess
 import sys
 
 import pytest
-from pydantic import ValidationError
 
 from cfol_nb.config import RunConfig, Schedule
 
@@ -80,7 +79,8 @@ def test_defaults_fit_the_data_set():
         ({"parent": {"model": "mlp"}}, "do not fit"),
         ({"parent": {}, "without": ["3"]}, "another without"),
         ({"parent": {"holdout": 0.3}}, "held out here"),
-        ({"parent": {"epochs": 0}}, "epochs"),
+        ({"parent": {"epochs": 0}}, "^parent: epochs: .* got 0$"),
+        ({"attacks": {"a": {"eps": 0.1, "step": 0.1, "steps": 1, "stop": 1}}}, "a.pgd: stop: .*known: .*steps"),
     ],
 )
 def test_bad_settings_are_refused(given, says):
@@ -92,9 +92,8 @@ def test_bad_settings_are_refused(given, says):
     "given", [{"eps": 8}, {"eps": "much"}, {"norm": "l1"}, {"attacks": {"a": {"eps": 0.1, "step": 0.1, "steps": 0}}}]
 )
 def test_one_wrong_value_is_one_complaint(given):
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(ValueError, match=r"\A(?!.*(; |https))[^\n]+\Z"):
         RunConfig(**given)
-    assert len(caught.value.errors()) == 1
 
 
 def test_schedules_are_torchs():

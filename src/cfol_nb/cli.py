@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,24 +59,6 @@ def _settings(dataset: str, texts: list[str], **values) -> dict:
             held = values.get(key, RunConfig(dataset=values["dataset"]).model_dump()[key]) or {}
             values[key] = {**({"name": held} if isinstance(held, str) else held), inner: parse(text)}
     return values
-
-
-def _sentence(error: ValidationError) -> str:
-    """Pydantic's report on one line, each field with what is wrong."""
-    parts = []
-    for e in error.errors():
-        where = ".".join(map(str, e["loc"]))
-        what = e["msg"].removeprefix("Value error, ")
-        if e["type"] == "extra_forbidden":
-            from cfol_nb.config import RunConfig
-
-            known = f" (known: {', '.join(RunConfig.model_fields)})" * (len(e["loc"]) == 1)
-            what = f"there is no such setting{known}"
-        parts.append(
-            f"{where}: {what}".removeprefix(": ")
-            + (f", got {e['input']!r}" if e["type"] not in ("missing", "value_error", "extra_forbidden") else "")
-        )
-    return "; ".join(dict.fromkeys(parts))
 
 
 @app.command()
@@ -402,9 +383,6 @@ def main() -> None:
     """The console script: an error is one sentence on stderr and a non-zero exit."""
     try:
         app()
-    except ValidationError as error:
-        typer.echo(f"error: {_sentence(error)}", err=True)
-        sys.exit(2)
     except (ValueError, FileNotFoundError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

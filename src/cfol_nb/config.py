@@ -9,7 +9,17 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 
 def choose(kind: str, name: str, known: Iterable[str]) -> str:
@@ -75,7 +85,26 @@ Spec = Annotated[dict[str, Any], BeforeValidator(_spec), AfterValidator(_plain)]
 
 
 class _Strict(BaseModel):
+    """Refuses what it does not know, and in a sentence: ValueError."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, **given):
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            said = dict.fromkeys(self._said(e) for e in error.errors())
+            raise ValueError("; ".join(said)) from None
+
+    @classmethod
+    def _said(cls, error: Mapping[str, Any]) -> str:
+        """One of pydantic's errors: the field, and what is wrong."""
+        where, kind, what = error["loc"], error["type"], error["msg"].removeprefix("Value error, ")
+        if kind == "extra_forbidden":
+            what = f"there is no such setting (known: {', '.join(cls.model_fields)})"
+        elif kind not in ("missing", "value_error"):
+            what += f", got {error['input']!r}"
+        return ": ".join([".".join(map(str, where)), what] if where else [what])
 
 
 class _Ball(_Strict):
@@ -117,7 +146,7 @@ class AutoAttack(_Ball):
 
 def as_attack(options: Mapping[str, Any] | Attack | AutoAttack) -> Attack | AutoAttack:
     """AutoAttack if there is a version, else PGD. Raises ValueError for what neither takes."""
-    return (AutoAttack if "version" in dict(options) else Attack).model_validate(dict(options))
+    return (AutoAttack if "version" in dict(options) else Attack)(**dict(options))
 
 
 AnyAttack = Annotated[

@@ -102,7 +102,7 @@ class Run:
             }
             if {w: _correct(o) for w, o in outcomes.items()} != stored["correct"]:
                 raise ValueError("its counts are not those of the predictions")
-            config, origin = RunConfig.model_validate(stored["config"]), read_json(folder / "provenance.json")
+            config, origin = RunConfig(**stored["config"]), read_json(folder / "provenance.json")
             return cls(config, folder, stored["history"], stored["selected_epoch"], outcomes, {"code": "", **origin})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"

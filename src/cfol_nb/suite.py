@@ -115,7 +115,7 @@ def published(results: Path | None = None) -> list[Run]:
     for path in sorted((results or ROOT / "results").glob("*.json")):
         kept = read_json(path)
         outcomes = {which: Outcomes.unpacked(packed) for which, packed in kept["outcomes"].items()}
-        config = RunConfig.model_validate(kept["config"])
+        config = RunConfig(**kept["config"])
         out.append(Run(config, path, kept["history"], kept["selected_epoch"], outcomes, kept["provenance"]))
     return out
 
