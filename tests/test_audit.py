@@ -5,6 +5,7 @@ import re
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -249,6 +250,13 @@ def test_what_came_before_autoattack_is_kept_too(trained, digits, tmp_path, quic
         part.html(tmp_path / "part.html")
     found = audit(trained[0], x, y, eps=0.1, batch_size=25, folder=tmp_path)
     assert sizes == [25, 25, 10]
+    checked, original_checks = [], module.checklist
+    monkeypatch.setattr(module, "checklist", lambda *a, **k: checked.append(len(a[1])) or original_checks(*a, **k))
+    again = audit(trained[0], x, y, eps=0.1, batch_size=25, folder=tmp_path, minutes=5)
+    pd.testing.assert_frame_equal(again.checks, found.checks)
+    assert not checked  # what was kept is of as many images
+    audit(trained[0], x, y, eps=0.1, batch_size=25, folder=tmp_path, surrogate=trained[1])
+    assert checked == [25]
     whole = audit(trained[0], x, y, eps=0.1, batch_size=25)
     np.testing.assert_array_equal(found.outcomes.predictions["pgd20"], whole.outcomes.predictions["pgd20"])
     np.testing.assert_array_equal(found.first, whole.first)

@@ -570,9 +570,9 @@ def audit(
             deadline=deadline,
         )
         state = folder and Path(folder) / f"pgd-{e.identity}.safetensors"
-        predicted, first = torch.full_like(labels, -1), torch.empty(len(labels))
-        if state and state.exists() and e.says(before := read_tensors(state)[0]):
-            predicted, first = before["pgd20"], before["first"]
+        predicted, first, kept = torch.full_like(labels, -1), torch.empty(len(labels)), {}
+        if state and state.exists() and e.says((before := read_tensors(state))[0]):
+            predicted, first, kept = before[0]["pgd20"], before[0]["first"], before[1]
         order, spent, note = interleaved(labels, seed), e.seconds, ""
         timed, checks = _Timed(model, deadline), pd.DataFrame(columns=["check", "verdict", "seen"])
         try:
@@ -590,7 +590,13 @@ def audit(
             # the checks take some 350 passes of an image: a fifth of the time that is left, if 20 images may take it
             many = min(200, max(20, batch_size), max(20.0, (deadline - time.monotonic()) / 5 / (350 * each_pass)))
             some = order[: int(many)]
-            checks = checklist(timed, images[some], labels[some], eps, norm, surrogate=surrogate)
+            if surrogate or kept.get("checked", 0) < len(some):
+                checks = checklist(timed, images[some], labels[some], eps, norm, surrogate=surrogate)
+                if state and not surrogate:
+                    meta = {"checked": len(some), "checks": checks.to_dict("list")}
+                    write_tensors(state, {"pgd20": predicted, "first": first, **e.computed}, meta)
+            else:
+                checks = pd.DataFrame(kept["checks"], columns=checks.columns)
             if worst_only:
                 verdict = find_worst(e)
                 if verdict.decided:  # so that its accuracy is no bound
