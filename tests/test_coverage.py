@@ -43,6 +43,7 @@ def test_single_intervals_hold_where_classes_are_equal_or_one_stands_alone(accur
     ("case", "simulations", "names", "least"),
     [
         ("5 at 40 and 5 at 70 %, 60 a class", 400, ["worst", "tail"], 0.89),
+        ("two weak classes, 60 a class", 400, ["worst", "tail", "paired worst", "paired tail"], 0.89),
         ("one strong class, 60 a class", 400, ["paired worst", "paired tail"], 0.89),
         ("one class a little weaker, 60 a class", 300, ["worst", "tail", "paired worst"], 0.85),
         ("one weaker and rare, 50 and 500 a class", 300, ["mean", "worst", "paired mean", "paired worst"], 0.87),
@@ -95,6 +96,16 @@ def test_the_class_that_may_be_the_lowest_counts_also_where_another_was_measured
     got = stats._beyond(angle, noise, runs, at, 0.95)["worst"]
     # half of the noise leaves the second class, which was measured lowest, as high as it was
     assert got[1] == pytest.approx(np.sin(angle[0, 0] - norm.ppf(0.9) * size[0, 0]) ** 2 - 0.7, abs=0.004)
+
+
+def test_two_classes_that_stand_apart_are_a_tail_whose_lower_end_is_that_of_their_mean():
+    """In closed form for normal noise, with the other classes out of reach."""
+    size = 0.02
+    angle = np.array([[0.5, 0.5, *np.linspace(0.9, 1.2, 8)]])
+    noise, runs = size * np.random.default_rng(0).standard_normal((200_000, 1, 10)), np.zeros((200_000, 1, 1), int)
+    got = stats._beyond(angle, noise, runs, {"tail": np.full(9, 0.3)}, 0.95)
+    lower = np.sin(0.5 - norm.ppf(0.95) * size / np.sqrt(2)) ** 2
+    assert got["tail"][1] == pytest.approx(lower - 0.3, abs=0.001)
 
 
 @pytest.mark.parametrize("r", [0.0, 0.6])

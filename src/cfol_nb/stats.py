@@ -69,8 +69,13 @@ def accuracies(outcomes: Outcomes, attack: str | None = None) -> np.ndarray:
 
 def tail(accuracy: np.ndarray, share: float = 0.2) -> np.ndarray:
     """Mean accuracy of the worst share of classes, at least one class (the 20 % tail of the CFOL papers)."""
-    k = max(1, round(share * np.shape(accuracy)[-1]))
+    k = in_tail(np.shape(accuracy)[-1], share)
     return np.partition(accuracy, k - 1, -1)[..., :k].mean(-1)
+
+
+def in_tail(k: int, share: float = 0.2) -> int:
+    """How many of k classes the tail is of."""
+    return max(1, round(share * k))
 
 
 FEW = 10  # right answers of a class, below which its errors are far from normal
@@ -330,39 +335,41 @@ def _beyond(
     each other, and the lowest of so many measured ones lies far below them all; or one that is alone may lie so close
     to the others that it is taken for one of them. Inference for a minimum asks which classes may be the lowest
     (Chernozhukov, Lee and Rosen 2013); here by two tests without a population. Truths in question: (1) classes as
-    measured (S, K), moved outwards by half the standard error, but cut off at both ends alike, so that those beyond the
-    cut are equal, and none of them surely below it (Bonferroni); (2) classes as measured but for one of each run, which
-    is lower: the one whose accuracy's lower end is the lowest. The further the cut, or the lower the
-    class, the fewer draws of the noise (D, S, K) lead as far out, or keep the statistic and that class as far in, as
-    what was measured; a truth is refused where at most 1 - confidence do.
+    measured (S, K), moved outwards by half the standard error, but cut off at both ends alike, so that those beyond
+    the cut are equal, and none of them surely below it (Bonferroni); (2) classes as measured but for one of each run,
+    or for as many as the tail is of, which are lower: those whose accuracies' lower ends are the lowest. The further
+    the cut, or the lower those classes, the fewer draws of the noise (D, S, K) lead as far out, or keep the statistic
+    and those classes as far in, as what was measured; a truth is refused where at most 1 - confidence do.
     """
     size, ends = noise.std(0), (angle.min(-1, keepdims=True), angle.max(-1, keepdims=True))
     step = np.median(size, -1, keepdims=True)
     top = (angle + ndtri(1 - (1 - confidence) / angle.shape[-1]) * size).min(-1, keepdims=True)
     outward = angle + np.sign(angle - angle.mean(-1, keepdims=True)) * size / 2
-    least = (angle - ndtri(confidence) * size).argmin(-1)[:, None]
-    alone = np.take_along_axis(angle, least, -1)
+    lowest = (angle - ndtri(confidence) * size).argsort(-1)
 
     def alike(far: float) -> np.ndarray:
         low = np.minimum(ends[0] + far * step, top)
         return np.clip(outward, low, np.maximum(ends[1] - far * step, low))
 
-    def apart(far: float) -> np.ndarray:
+    def apart(far: float, least: np.ndarray) -> np.ndarray:
         true = angle.copy()
-        np.put_along_axis(true, least, np.maximum(alone - far * np.take_along_axis(size, least, -1), 0), -1)
+        lower = np.take_along_axis(angle - far * size / np.sqrt(least.shape[-1]), least, -1)
+        np.put_along_axis(true, least, np.maximum(lower, 0), -1)
         return true
 
     out = {name: np.zeros(2) for name in drawn}
-    for i, (truths, sign) in enumerate(((alike, 1), (apart, -1))):
-        signs = {name: sign * ALIKE[name] for name in drawn if name in ALIKE}
+    moved = {name: in_tail(angle.shape[-1]) if name == "tail" else 1 for name in drawn if name in ALIKE}
+    for m in sorted({0, *moved.values()}):  # so many classes apart; 0: all alike
+        i, sign, least = (1, -1, lowest[:, :m]) if m else (0, 1, None)
+        signs = {name: sign * ALIKE[name] for name, own in moved.items() if m in (0, own)}
         seen = {name: s * STATISTICS[name](np.sin(angle) ** 2).mean() for name, s in signs.items()}
         truth, share = {name: [] for name in signs}, {name: [] for name in signs}
         for far in np.linspace(0, 6, 31):
-            true = truths(far)
-            measured, near = np.take_along_axis(np.sin(true + noise) ** 2, runs, 1), True
-            if sign < 0:
-                own = np.take_along_axis(true + noise, least[None], -1)
-                near = np.take_along_axis(own, runs, 1).mean((1, 2)) >= alone.mean()
+            true, near = apart(far, least) if m else alike(far), True
+            measured = np.take_along_axis(np.sin(true + noise) ** 2, runs, 1)
+            if m:
+                own = np.take_along_axis(np.take_along_axis(true + noise, least[None], -1), runs, 1)
+                near = own.mean((1, 2)) >= np.take_along_axis(angle, least, -1).mean()
             for name, s in signs.items():
                 truth[name].append(s * STATISTICS[name](np.sin(true) ** 2).mean())
                 share[name].append(np.mean((s * STATISTICS[name](measured).mean(-1) <= seen[name]) & near))
