@@ -180,7 +180,7 @@ SETTING = "from cfol_nb.config import RunConfig; RunConfig(epoch=3)"
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "says"),
-    [("1 / 0", "ZeroDivisionError"), ("import os; os._exit(3)", "died"), (SETTING, "epoch: Extra inputs")],
+    [("1 / 0", "ZeroDivisionError"), ("import os; os._exit(3)", "died"), (SETTING, "epoch: there is no such setting")],
 )
 def test_failing_cells_and_dead_kernels_leave_the_partial_notebook(toy, tmp_path, cell, says):
     out = tmp_path / "out/toy.ipynb"

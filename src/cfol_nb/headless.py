@@ -160,8 +160,6 @@ def run(source: Path, target: Path | None = None, parameters: Mapping[str, Any] 
         raise KeyboardInterrupt(f"{source.name} was stopped (what ran: {part})") from stop
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        if lines[-1].startswith("For further information"):  # pydantic's; above it the field, and what is wrong with it
-            lines = [*lines[:-3], f"{lines[-3]}: {lines[-2]}"]
         raise NotebookFailed(f"{source.name} stopped: {lines[-1]} (what ran, and the traceback: {part})") from error
     if skipped := [
         i for i, c in enumerate(nb.cells) if c.cell_type == "code" and c.source.strip() and c.execution_count is None
