@@ -115,9 +115,9 @@ def test_a_difference_is_made_of_the_arms_of_both_sides_that_lead_there(r):
     drawn = [0.5, 0.35] + size * (rng.standard_normal((400_000, 2)) @ np.linalg.cholesky([[1, r], [r, 1]]).T)
     half, (a, b) = 1.96 * np.sqrt((size**2).sum() - 2 * r * size.prod()), 1.96 * size
 
-    def got(own: list[float], base: list[float]) -> np.ndarray:
+    def got(own: list[float], base: list[float], same: float = 0.0) -> np.ndarray:
         sides = ((x, np.array(y)) for x, y in zip(drawn.T, (own, base), strict=True))
-        return np.array(stats._difference(*sides, 0.95)) - 0.15
+        return np.array(stats._difference(*sides, same, 0.95)) - 0.15
 
     def arm(x: float, y: float) -> float:
         return np.sqrt(x**2 + y**2 - 2 * r * x * y)
@@ -129,6 +129,17 @@ def test_a_difference_is_made_of_the_arms_of_both_sides_that_lead_there(r):
     shared = r * 0.02
     apart = [-arm(a + 0.02 - shared, b), arm(a, b + 0.08 - shared)]
     np.testing.assert_allclose(got([0, -0.02], [0, -0.08]), apart, atol=6e-4)
+    left = 1 - 0.5 * r  # half of the weakest classes are the same
+    apart = [-arm(a + left * (0.02 - shared), b), arm(a, b + left * (0.08 - shared))]
+    np.testing.assert_allclose(got([0, -0.02], [0, -0.08], 0.5), apart, atol=6e-4)
+    np.testing.assert_allclose(got([0.05, 0], [0, 0], 1.0), [-half, arm(a + 0.05, b)], atol=6e-4)
+
+
+def test_weakest_classes_in_common_are_counted_run_by_run():
+    a, b = np.array([[3, 1, 2, 9], [1, 2, 3, 4]]), np.array([[9, 8, 1, 2], [1, 9, 2, 8]])
+    assert stats._same_weakest(a, b, 1) == 0.5  # 1 and 2; 0 and 0
+    assert stats._same_weakest(a, b, 2) == 0.5  # {1, 2} and {2, 3}; {0, 1} and {0, 2}
+    assert stats._same_weakest(a, b, 4) == 1
 
 
 def test_a_difference_is_the_mirror_image_of_the_other_way_round_and_0_of_like_draws():
@@ -139,7 +150,7 @@ def test_a_difference_is_the_mirror_image_of_the_other_way_round_and_0_of_like_d
     np.testing.assert_allclose(there["low"], -back["high"], atol=0.003)
     np.testing.assert_allclose(there["high"], -back["low"], atol=0.003)
     drawn = rng.random(500)
-    assert stats._difference((drawn, np.array([0.1, -0.1])), (drawn.copy(), np.array([0.1, -0.1])), 0.95) == (0, 0)
+    assert stats._difference(*((drawn.copy(), np.array([0.1, -0.1])) for _ in range(2)), 0.0, 0.95) == (0, 0)
     like = outcomes(a.correct("pgd") ^ (np.arange(3000) == 1007), labels, 30)  # an image of a class in the middle
     assert np.abs(stats.summary(a, versus=like).loc["worst", ["low", "high"]]).max() < 0.003
 

@@ -383,15 +383,23 @@ def _beyond(
     return out
 
 
+def _same_weakest(a: np.ndarray, b: np.ndarray, m: int) -> float:
+    """Share of the m weakest classes that two lists of runs (S, K) have in common, run by run."""
+    pairs = zip(a.argsort(-1)[:, :m], b.argsort(-1)[:, :m], strict=True)
+    return float(np.mean([np.isin(x, y) for x, y in pairs]))
+
+
 def _difference(
-    own: tuple[np.ndarray, np.ndarray], base: tuple[np.ndarray, np.ndarray], confidence: float
+    own: tuple[np.ndarray, np.ndarray], base: tuple[np.ndarray, np.ndarray], same: float, confidence: float
 ) -> tuple[float, float]:
-    """low, high of the difference of two statistics, each given as its draws (D,) and how far it may lie beyond them.
+    """low, high of the difference of two statistics, each given as its draws (D,) and how far it may lie beyond them;
+    same: the share of classes that are the weakest in both (`_same_weakest`).
 
     Quantiles of the differences of the draws, and farther as an interval does that is made of two (MOVER; Zou and
     Donner 2008): the square of its arm is a^2 + b^2 - 2 r a b, where a and b are the arms of the two that lead there,
     and r is the correlation of their draws. What is beyond the draws makes a and b longer. What lies there on both
-    sides because their classes are more alike than measured cancels; because one stands apart, a share of r.
+    sides because their classes are more alike than measured cancels; because one stands apart, a share of r. Of what
+    remains of the latter the same share cancels where it is the same class in both: it is hardly apart in one alone.
     """
     tails = [(1 - confidence) / 2, 0.5, (1 + confidence) / 2]
     noise = np.stack([x - x.mean() for x, _ in (own, base)])
@@ -400,7 +408,7 @@ def _difference(
     shared = np.minimum(np.abs(own[1]), np.abs(base[1])) * [1, max(r, 0)]
     arms, longer = [], []
     for drawn, beyond in (own, base):
-        beyond = np.sign(beyond) * (np.abs(beyond) - shared)
+        beyond = np.sign(beyond) * (np.abs(beyond) - shared) * [1, 1 - same * max(r, 0)]
         arms.append(np.diff(np.quantile(drawn, tails)))
         longer.append(arms[-1] + [-np.minimum(0, beyond).sum(), np.maximum(0, beyond).sum()])
     before, after = (a**2 + b[::-1] ** 2 - 2 * r * a * b[::-1] for a, b in (arms, longer))
@@ -522,7 +530,9 @@ def _summaries(
             for k, (value, drawn, beyond) in table.items():
                 scarce = few and k.startswith("worst")  # what is drawn varies too little
                 if others:
-                    low, high = _difference((drawn, beyond), against[k][1:], confidence)
+                    m = in_tail(len(images)) if k == "tail" else 1
+                    same = _same_weakest(observed[own], observed[: len(others)], m)
+                    low, high = _difference((drawn, beyond), against[k][1:], same, confidence)
                     value, drawn = value - against[k][0], drawn - against[k][1]
                     low, high = (max(low - more, -1), min(high + more, 1)) if scarce else (low, high)
                 else:
