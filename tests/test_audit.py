@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import json
 import math
 import re
 import time
@@ -16,8 +17,11 @@ from torch import nn
 from cfol_nb import audit as module
 from cfol_nb import autoattack as aa
 from cfol_nb import stats
-from cfol_nb.audit import audit, checklist, load_model, rarer, unseen
+from cfol_nb.audit import audit, load_model, unseen
+from cfol_nb.checks import checklist, rarer
+from cfol_nb.checks import said as sentence
 from cfol_nb.data import load, prepare
+from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.models import build
 from cfol_nb.runs import compute
 
@@ -112,6 +116,37 @@ def test_a_linear_model_and_one_that_transfer_breaks_are_seen(digits, trained): 
     masked = Broken(trained[1], "rounds").eval()
     table = checklist(masked, x, y, 0.1, surrogate=trained[1])
     assert verdicts(table)["transferred attacks are weaker than direct ones"] == "fail"
+
+
+def test_every_evaluation_keeps_the_verdicts_of_its_last_radius(trained, digits, quick):  # noqa: F811
+    x, y = of_test(digits, 120)
+    attacks = {"pgd": {"eps": 0.2, "step": 0.05, "steps": 5}, "aa": {"eps": 0.1, "version": "standard"}}
+    o = evaluate(trained[1], x, y, attacks)
+    some = aa.interleaved(y, 0)[:100]
+    assert torch.bincount(y[some], minlength=10).min() >= min(10, torch.bincount(y).min())  # all classes alike
+    want = checklist(trained[1], x[some], y[some], 0.1)
+    assert list(o.checks) == ["aa"]
+    pd.testing.assert_frame_equal(o.checks["aa"][: len(want)], want)
+    *_, last = o.checks["aa"]["seen"]
+    more = (o.correct("aa:fab-t").mean() - o.correct("aa").mean()) * 100
+    assert last == f"Square broke another {more:.1f} % of images"
+    for again in (
+        Outcomes.from_tensors(o.tensors(), json.loads(json.dumps(o.meta(), sort_keys=True))),
+        Outcomes.unpacked(json.loads(json.dumps(o.packed(), sort_keys=True))),
+    ):
+        pd.testing.assert_frame_equal(again.checks["aa"], o.checks["aa"])
+    masked = evaluate(Broken(trained[1], "rounds").eval(), x, y, {"pgd": attacks["pgd"]}, checks=50)
+    assert verdicts(masked.checks["pgd"])["gradients of the margin are not zero"] == "fail"
+    assert "of 50 images" in masked.checks["pgd"].set_index("check").loc["clean accuracy is above chance", "seen"]
+    assert not evaluate(trained[1], x, y, {"pgd": attacks["pgd"]}, checks=0).checks
+    assert not evaluate(trained[1], x, y, {}).checks
+
+
+def test_a_checklist_in_one_sentence():
+    table = pd.DataFrame([("a", "ok", ""), ("b", "look", ""), ("c", "fail", "")], columns=["check", "verdict", "seen"])
+    assert sentence(table) == "1 of 3 checks are fine; failed, so do not quote these numbers: c; look at: b."
+    assert sentence(table[:1]) == "1 of 1 checks are fine."
+    assert sentence(table[:0]) == sentence(None) == ""
 
 
 # -- the audit ---------------------------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ def test_train_prints_the_class_table(command):
         words += ["-s", s]
     status, out, err = command(*words)
     assert status == 0, err
-    assert out.count("accuracy") == 2
+    assert out.count("n  correct  accuracy") == 2
+    assert len(re.findall(r"\d+ of \d+ checks are fine", out)) == 2
     assert "robust worst" in out
     assert "images per second" in out
     assert "MiB at most" in out
@@ -96,7 +97,8 @@ def test_publish_judges_each_run_in_its_own_ball(command, tiny, tmp_path):
     compute([tiny(seed=0), tiny(seed=1), tiny(eps=0.05)])
     status, out, _ = command("publish", "digits-*", "digits-at-*", "--autoattack", "fast", "--results", str(tmp_path))
     assert status == 0
-    assert len(out.splitlines()) == 3  # each once
+    assert sum(line.endswith(".json") for line in out.splitlines()) == 3  # each once
+    assert len(re.findall(r"  autoattack: \d+ of \d+ checks are fine", out)) == 3
     for run in published(tmp_path):
         attack = run.outcomes["last"].attacks["autoattack"]
         assert attack["eps"] == run.config.eps

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -65,6 +66,7 @@ def test_what_is_stored_is_what_the_model_does(tiny, digits):
             seed=run.config.seed,
         )
         assert all(np.array_equal(o.predictions[k], again.predictions[k]) for k in ("clean", "pgd20"))
+        pd.testing.assert_frame_equal(o.checks["pgd20"], again.checks["pgd20"])
     kept = json.loads((run.folder / "run.json").read_text())
     assert kept["n"] == [6] * 10
     assert sum(kept["correct"]["last"]["clean"]) == run.outcomes["last"].correct("clean").sum()
@@ -94,6 +96,7 @@ def test_runs_are_judged_by_further_attacks_once(tiny, monkeypatch):
     monkeypatch.setattr(runs, "evaluate", lambda *a, **k: pytest.fail("judged again"))
     for o, again in zip(found, judge(both, attacks, "selected"), strict=True):
         np.testing.assert_array_equal(again.predictions["aa"], o.predictions["aa"])
+        assert list(again.checks) == ["pgd20", "margin", "aa"]
     asked = []
     monkeypatch.setattr(runs, "evaluate", lambda *a, **k: asked.append(a[3]) or whole_evaluation(*a, **k))
     other = {**attacks, "margin": {**attacks["margin"], "steps": 6}}

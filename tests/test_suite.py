@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -76,6 +77,8 @@ def test_publishes_what_was_judged(tmp_path):
     for name in ("autoattack:apgd-ce", "autoattack", "pgd20"):
         np.testing.assert_array_equal(twin.outcomes["last"].predictions[name], judged.predictions[name])
     assert stats.last_attack(twin.outcomes["last"]) == "pgd20"
+    for name in ("autoattack", "pgd20"):
+        pd.testing.assert_frame_equal(twin.outcomes["last"].checks[name], judged.checks[name])
     assert list(twin.outcomes["selected"].attacks) == ["pgd20"]
     origin = twin.provenance["judged"]["last, autoattack"]
     assert origin["asked"]["version"] == "fast"
@@ -166,16 +169,18 @@ def test_the_estimate_is_near_the_truth():
 
 
 def test_the_estimate_counts_a_parent_that_is_not_stored():
-    parent = RunConfig(**{**TINY, "epochs": 60})
-    child = RunConfig(**{**TINY, "epochs": 1}, parent=parent)
+    small = {**TINY, "test_limit": 1}  # so that its evaluation takes next to nothing
+    parent = RunConfig(**{**small, "epochs": 120})
+    child = RunConfig(**{**small, "epochs": 1}, parent=parent)
     before = estimate(child)
     compute([parent])
     assert before > 5 * estimate(child)
 
 
 def test_the_estimate_counts_the_remaking_of_images():
-    parent = RunConfig(**TINY)
-    child = RunConfig(**{**TINY, "epochs": 12}, parent=parent, objective="clean")  # enough steps for a median
+    small = {**TINY, "test_limit": 1}
+    parent = RunConfig(**small)
+    child = RunConfig(**{**small, "epochs": 12}, parent=parent, objective="clean")  # enough steps for a median
     remade = child.model_copy(update={"remake": {"name": "matched", "steps": 200}})
     compute([parent])
     guess, without = estimate(remade), estimate(child)

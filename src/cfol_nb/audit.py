@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import io
-import itertools
 import math
 import runpy
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,164 +17,21 @@ import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
-import torch.nn.functional as F
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from cfol_nb import data, plots, stats
-from cfol_nb.attacks import LOSSES, answers, as_float, as_labels, evaluating, margin, pgd, predict, weight_of
+from cfol_nb.attacks import answers, as_float, as_labels, evaluating, predict, weight_of
 from cfol_nb.autoattack import Evaluation, TimeUp, find_worst, interleaved
+from cfol_nb.checks import COLUMNS, PASSES, black_box_check, checklist, said, short_pgd
 from cfol_nb.config import Attack, AutoAttack, choose
 from cfol_nb.data import ImageSet
 from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.files import bar, read_tensors, runs_dir, write_tensors
-from cfol_nb.models import Normalize, build
+from cfol_nb.models import Normalize
 from cfol_nb.runs import Run
 
 NORMS = {"linf": "L-inf", "l2": "L2"}
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the radius, in the sweep
-
-
-# -- can the numbers be trusted? ---------------------------------------------------------------------------------------
-
-
-def _pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, steps: int, **more) -> Tensor:
-    generator = torch.Generator(x.device).manual_seed(0)
-    step = max(eps / 4 if steps < 10 else 2.5 * eps / steps, 1e-12)
-    return pgd(model, x, y, eps, step, steps, norm, generator=generator, check=False, **more)
-
-
-def _surrogate(model: nn.Module, x: Tensor) -> nn.Module:
-    """A small CNN that was taught the model's own predictions on x for a moment: a source of transferred attacks."""
-    with torch.no_grad():
-        z = model(x)
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(0)
-        student = build("smallcnn", num_classes=z.shape[1], channels=x.shape[1]).to(x)
-    optimizer = torch.optim.Adam(student.parameters(), 2e-3)
-    generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad():
-        for _ in range(150):
-            i = torch.randint(len(x), (64,), generator=generator).to(x.device)
-            optimizer.zero_grad()
-            F.cross_entropy(student(x[i]), z[i].argmax(1)).backward()
-            optimizer.step()
-    return student.eval()
-
-
-def rarer(after: Tensor, before: Tensor) -> bool:
-    """Not clearly more right answers after than before, (N,) bool of the same images (McNemar's exact test, 1 %)."""
-    more, fewer = int((after & ~before).sum()), int((before & ~after).sum())
-    return more == 0 or binomtest(more, more + fewer, 0.5, "greater").pvalue >= 0.01
-
-
-def checklist(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    eps: float = 8 / 255,
-    norm: str = "linf",
-    *,
-    surrogate: nn.Module | None = None,
-) -> pd.DataFrame:
-    """Signs that an evaluation cannot be trusted (Carlini et al. 2019; Croce and Hein 2020): check, verdict, seen.
-
-    images, labels: some, a hundred or two; attacked are those of them that are classified correctly.
-    surrogate: another model, whose adversarial images are transferred; by default a small one that is taught the
-    model's predictions here.
-    verdict: "ok", "look" (a reason to look closer) or "fail" (do not quote the numbers).
-    """
-    tensor = weight_of(model)
-    x, y = as_float(images, tensor.dtype, tensor.device), labels.to(tensor.device)
-    rows: list[tuple[str, str, str]] = []
-
-    def say(check: str, fine: bool, seen: str, otherwise: str = "fail") -> None:
-        rows.append((check, "ok" if fine else otherwise, seen))
-
-    def right(a: Tensor) -> Tensor:
-        return answers(model(a), y) == y
-
-    with evaluating(model), torch.no_grad():
-        z = model(x)
-        k, scale = z.shape[1], z.std().clamp_min(1e-12)
-        again = max(((model(x) - z).abs().max() / scale).item() for _ in range(3))
-        say("the same images give the same logits", again < 1e-3, f"largest difference {again:.1e} of their spread")
-        order = torch.arange(len(x) - 1, -1, -1, device=x.device)[: max(1, len(x) // 2)]
-        alone = ((model(x[order]) - z[order]).abs().max() / scale).item()
-        say("an image's logits do not depend on its batch", alone < 1e-3, f"largest difference {alone:.1e}")
-        sums = bool((z >= 0).all()) and bool(((z.sum(1) - 1).abs() < 1e-3).all())
-        say(
-            "the outputs are logits, not probabilities", not sums, "sums of 1" if sums else f"spread {scale.item():.2g}"
-        )
-        keep = z.argmax(1) == y
-        chance = binomtest(int(keep.sum()), len(x), 1 / k, "greater").pvalue
-        share = f"{100 * keep.double().mean().item():.0f} % of {len(x)} images, {k} classes"
-        say("clean accuracy is above chance", chance < 0.01, share)
-        if not keep.any():
-            return pd.DataFrame(rows, columns=["check", "verdict", "seen"])
-        x, y, z = x[keep], y[keep], z[keep]
-
-        def gradient(loss: Callable[[Tensor], Tensor]) -> Tensor:
-            a = x.clone().requires_grad_()
-            with torch.enable_grad():
-                (g,) = torch.autograd.grad(loss(model(a)).sum(), a, allow_unused=True)
-            return (torch.zeros_like(x) if g is None else g).flatten(1)
-
-        def none(g: Tensor) -> float:
-            return (g == 0).all(1).double().mean().item()
-
-        of_margin, of_ce = gradient(lambda z: margin(z, y)), gradient(lambda z: LOSSES["ce"](z, y, None))
-        zero, gone = none(of_margin), none(of_ce)
-        odd = (~(of_margin.isfinite() & of_ce.isfinite())).any(1).double().mean().item()
-        flat = gradient(lambda z: z[:, 0] - z.mean(1))
-        say("gradients are finite", odd == 0, f"infinite or no number for {100 * odd:.0f} % of images")
-        say("gradients of the margin are not zero", zero == 0, f"zero for {100 * zero:.0f} % of images")
-        say(
-            "gradients of the cross-entropy are not zero",
-            gone < 0.05,
-            f"zero for {100 * gone:.0f} % of images"
-            + (" (saturated: trust the margin losses)" if gone >= 0.05 else ""),
-            "look",
-        )
-        same = bool(len(x) > 1 and (flat - flat[0]).abs().max() <= 1e-6 * flat.abs().max())
-        alike = "all alike: the model is linear" if flat.any() else "all zero"
-        say("gradients differ between images", not same, alike if same else "they do", "look")
-
-        losses, held, lost = [], [], 0
-        for steps in (1, 5, 20, 100):
-            z = model(_pgd(model, x, y, eps, norm, steps, best=True))
-            losses.append(F.cross_entropy(z, y).item())
-            held.append(answers(z, y) == y)
-            lost = max(lost, (~z.isfinite()).any(1).double().mean().item())
-        say("logits stay finite under attack", lost == 0, f"infinite or no number for {100 * lost:.0f} % of images")
-        text = ", ".join(f"{v:.3g}" for v in losses)
-        say("the attack's loss rises with its steps", bool(np.all(np.diff(losses) >= -0.01 * max(losses))), text)
-        shares = [100 * h.double().mean().item() for h in held]
-        text = ", ".join(f"{v:.0f}" for v in shares) + " % right after 1, 5, 20, 100 steps"
-        fine = all(rarer(b, a) for a, b in itertools.pairwise(held))
-        say("more steps never help the defender", fine, text)
-        far = 1.0 if norm == "linf" else float(x[0].numel() ** 0.5)
-        left = right(_pgd(model, x, y, far, norm, 20, loss="margin", retire=True)).double().mean().item()
-        say("no image withstands an unbounded attack", left == 0, f"{100 * left:.0f} % right at radius {far:g}")
-        other = _surrogate(model, x) if surrogate is None else surrogate
-        moved = right(_pgd(other, x, y, eps, norm, 20))
-        say(
-            "transferred attacks are weaker than direct ones",
-            rarer(held[2], moved),
-            f"{100 * moved.double().mean().item():.0f} % right after transfer, {shares[2]:.0f} % after a direct attack",
-        )
-    return pd.DataFrame(rows, columns=["check", "verdict", "seen"])
-
-
-def black_box_check(outcomes: Outcomes) -> pd.DataFrame:
-    """One more sign, from AutoAttack's outcomes: Square should find next to nothing that the others left."""
-    names = [n for n in outcomes.predictions if n.endswith(":fab-t")]
-    rows = []
-    for n in names:
-        more = 100 * (outcomes.correct(n).mean() - outcomes.correct(n.removesuffix(":fab-t")).mean())
-        verdict, seen = "ok" if more <= 0.2 else "look", f"Square broke another {more:.1f} % of images"
-        rows.append(("the black-box attack finds no more than the others", verdict, seen))
-    return pd.DataFrame(rows, columns=["check", "verdict", "seen"])
 
 
 # -- models of others --------------------------------------------------------------------------------------------------
@@ -280,12 +136,16 @@ class Audit:
     name: str
     outcomes: Outcomes  # clean, "pgd20", and AutoAttack up to each of its attacks, "autoattack" last
     radii: pd.DataFrame  # rows: radius, columns: class; accuracy under PGD-20, an image once broken stays broken
-    checks: pd.DataFrame
     gallery: tuple[Tensor, Tensor, np.ndarray, np.ndarray]  # that fall first: clean, adversarial, index, prediction
     first: np.ndarray  # (N,) smallest radius of the sweep at which an image fell; inf if none
     unfinished: np.ndarray  # (K,) images per class that may still fall: its accuracy is an upper bound
     note: str
     seconds: float  # AutoAttack's in earlier calls, from which this one went on, included
+
+    @property
+    def checks(self) -> pd.DataFrame:
+        """The verdicts of `checks.checklist`; empty if there was no time for them."""
+        return self.outcomes.checks["autoattack"]
 
     def table(self) -> pd.DataFrame:
         """One row per class, weakest first: n, clean, pgd20, autoattack, low, high, chance to be the weakest (or, where
@@ -360,13 +220,7 @@ class Audit:
         under_pgd = stats.weakest(self.outcomes, "pgd20")
         if worst["pgd20"] > table["pgd20"].min():
             text += f" Under PGD-20 another class, {under_pgd}, looks weakest."
-        bad = self.checks[self.checks["verdict"] != "ok"]
-        if len(self.checks):
-            text += f" {len(self.checks) - len(bad)} of {len(self.checks)} checks are fine"
-        for verdict, said in (("fail", "; failed, so do not quote these numbers: "), ("look", "; look at: ")):
-            if len(names := bad["check"][bad["verdict"] == verdict]):
-                text += said + ", ".join(names)
-        return f"{text.removesuffix('.')}. {self.note}".strip()
+        return " ".join(filter(None, (text, said(self.checks), self.note)))
 
     def first_to_fall(self) -> plots.Figure:
         """The gallery as a figure."""
@@ -476,7 +330,7 @@ def _sweep(model: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: s
     first, rows = torch.full((len(labels),), torch.inf), torch.arange(len(labels))
     with evaluating(model), torch.no_grad():
         for r in (0.0, *(f * eps for f in FACTORS)):
-            points = x if r == 0 else _pgd(model, x, y, r, norm, 20, retire=True)
+            points = x if r == 0 else short_pgd(model, x, y, r, norm, 20, retire=True)
             fell = answers(model(points), y) != y
             first[rows[fell.cpu()]] = r
             rows, x, y = rows[~fell.cpu()], x[~fell], y[~fell]
@@ -527,7 +381,7 @@ def audit(
     minutes: a limit; images that no attack broke and AutoAttack did not come to an end with are reported as unfinished,
     the accuracy of their class being an upper bound.
     folder: where what was found is kept after every batch, from which the same audit goes on when it was stopped.
-    surrogate: see `checklist`. compiled: attack a compiled copy of the model (half a minute, pays in long audits).
+    surrogate: see `checks.checklist`. compiled: attack a compiled copy of the model (half a minute; for long audits).
     batch_size: images at a time; by default 250 of 3 x 32 x 32, fewer if they are larger (on a GPU beyond 16 times that
     size); random draws depend on it. show: images in the gallery.
     Everything that can be refused is refused before the first attack: ValueError, FloatingPointError.
@@ -574,21 +428,21 @@ def audit(
         if state and state.exists() and e.says((before := read_tensors(state))[0]):
             predicted, first, kept = before[0]["pgd20"], before[0]["first"], before[1]
         order, spent, note = interleaved(labels, seed), e.seconds, ""
-        timed, checks = _Timed(model, deadline), pd.DataFrame(columns=["check", "verdict", "seen"])
+        timed, checks = _Timed(model, deadline), pd.DataFrame(columns=COLUMNS)
         try:
             while len(left := order[predicted[order] < 0]):
                 # some 300 passes of each image, so that a limit leaves more than the half of a batch
                 room = batch_size if minutes is None else (deadline - time.monotonic()) / 4 / (300 * each_pass)
                 rows = left[: max(min(batch_size, int(room)), 1)]
                 x, y = images[rows], labels[rows]
-                found = evaluate(timed, x, y, {"pgd20": pgd20}, batch_size=batch_size, seed=seed)
+                found = evaluate(timed, x, y, {"pgd20": pgd20}, batch_size=batch_size, seed=seed, checks=0)
                 first[rows] = _sweep(timed, x, y, eps, norm)
                 predicted[rows] = torch.from_numpy(found.predictions["pgd20"])
                 if state:
                     write_tensors(state, {"pgd20": predicted, "first": first, **e.computed})
                 upto(0.1 * (predicted >= 0).double().mean().item())
-            # the checks take some 350 passes of an image: a fifth of the time that is left, if 20 images may take it
-            many = min(200, max(20, batch_size), max(20.0, (deadline - time.monotonic()) / 5 / (350 * each_pass)))
+            # a fifth of the time that is left, if 20 images may take it
+            many = min(200, max(20, batch_size), max(20.0, (deadline - time.monotonic()) / 5 / (PASSES * each_pass)))
             some = order[: int(many)]
             if surrogate or kept.get("checked", 0) < len(some):
                 checks = checklist(timed, images[some], labels[some], eps, norm, surrogate=surrogate)
@@ -628,7 +482,8 @@ def audit(
     outcomes.add("pgd20", np.where(fresh, clean.numpy(), predicted.numpy()), pgd20.model_dump())
     outcomes.add_autoattack("autoattack", e)
     if e.finished.all():
-        checks = pd.concat([checks, black_box_check(outcomes)], ignore_index=True)
+        checks = pd.concat([checks, black_box_check(outcomes, "autoattack")], ignore_index=True)
+    outcomes.checks["autoattack"] = checks
     settings, final = outcomes.attacks["autoattack"], outcomes.predictions["autoattack"]
     fell = ~e.finished.numpy() & outcomes.correct("autoattack") & ~outcomes.correct("pgd20")
     if fell.any():  # known to be broken
@@ -646,7 +501,6 @@ def audit(
         name,
         outcomes,
         pd.DataFrame(falls, index=pd.Index(levels, name="radius"), columns=names),
-        checks,
         _gallery(model, images, labels, first, eps, norm, show),
         first,
         unfinished,
@@ -669,7 +523,7 @@ def _gallery(
             index.append(i)
     index = np.array(index, dtype=int)
     x, y = as_float(images[index], tensor.dtype, tensor.device), labels[index].to(tensor.device)
-    x_adv = _pgd(model, x, y, eps, norm, 20, best=True) if len(index) else x
+    x_adv = short_pgd(model, x, y, eps, norm, 20, best=True) if len(index) else x
     with evaluating(model), torch.no_grad():
         predicted = model(x_adv).argmax(1).cpu().numpy() if len(index) else index
     return x.cpu(), x_adv.cpu(), index, predicted

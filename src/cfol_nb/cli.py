@@ -132,6 +132,7 @@ def train(
 
     Example: cfol-nb train --method cfol --objective trades --seeds 3 -s epochs=20 -s method.drift=100
     """
+    from cfol_nb.checks import said
     from cfol_nb.config import RunConfig
     from cfol_nb.runs import compute
     from cfol_nb.stats import class_table, headline, last_attack, weakest
@@ -141,12 +142,13 @@ def train(
     runs = compute([RunConfig(**values | {"seed": first + s}) for s in range(seeds)])
     outcomes = [r.outcomes["last"] for r in runs]
     for r in runs:
-        made = r.provenance
+        made, attack = r.provenance, last_attack(r.outcomes["last"])
         typer.echo(
             f"{r.folder.name}: {made['seconds']['training']:.0f} s of training, "
             f"{made['images_per_second']:.0f} images per second, {made['peak_memory_mib']} MiB at most, "
-            f"weakest class under {last_attack(r.outcomes['last'])}: {weakest(r.outcomes['last'])}\n"
+            f"weakest class under {attack}: {weakest(r.outcomes['last'])}\n"
             f"{class_table(r.outcomes['last']).round(3).to_string(index=False)}\n"
+            f"{said(r.outcomes['last'].checks.get(attack))}\n"
         )
     typer.echo(
         f"last weights, per cent [95 % interval], {len(runs)} run(s)\n"
@@ -222,6 +224,7 @@ def publish(
     from fnmatch import fnmatch
 
     from cfol_nb import suite as s
+    from cfol_nb.checks import said
     from cfol_nb.config import choose
     from cfol_nb.files import ROOT
     from cfol_nb.runs import Run, judge, stored, verdicts
@@ -247,6 +250,8 @@ def publish(
             judge(alike, {"autoattack": options})
     for run in runs:
         typer.echo(s.publish(run, results))
+        for name, (outcomes, _) in verdicts(run, "last").items():
+            typer.echo(f"  {name}: {said(outcomes.checks.get(name))}")
 
 
 @app.command()

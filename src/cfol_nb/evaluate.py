@@ -9,22 +9,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from cfol_nb.attacks import answers, as_float, as_labels, evaluating, pgd, predict, repeating, weight_of
-from cfol_nb.autoattack import Evaluation
+from cfol_nb.autoattack import Evaluation, interleaved
+from cfol_nb.checks import COLUMNS, IMAGES, black_box_check, checklist
 from cfol_nb.config import Attack, AutoAttack, as_attack
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """labels: (N,) int64. predictions: attack name -> (N,) int64, "clean" first. attacks: their settings."""
+    """labels: (N,) int64. predictions: attack name -> (N,) int64, "clean" first. attacks: their settings. checks:
+    attack name -> can its numbers be trusted (`checks.checklist`)?"""
 
     labels: np.ndarray
     predictions: dict[str, np.ndarray]
     class_names: tuple[str, ...]
     attacks: dict[str, dict] = field(default_factory=dict)
+    checks: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     def correct(self, attack: str) -> np.ndarray:
         """(N,) bool. Raises KeyError for an attack that was not run."""
@@ -40,6 +44,7 @@ class Outcomes:
         """The attacks of other outcomes of the same model on the same images, after those that are here."""
         for name, settings in others.attacks.items():
             self.add(name, others.predictions[name], settings)
+        self.checks.update(others.checks)
 
     def add_autoattack(self, name: str, evaluation: Evaluation) -> None:
         """AutoAttack as `name`, after it up to each of its attacks as "name:apgd-ce" and so on."""
@@ -69,6 +74,7 @@ class Outcomes:
             {k: tensors[f"prediction.{k}"].numpy() for k in ("clean", *meta["order"])},
             tuple(meta["class_names"]),
             {k: meta["attacks"][k] for k in meta["order"]},
+            _tables(meta),
         )
 
     def packed(self) -> dict:
@@ -92,10 +98,21 @@ class Outcomes:
             {k: values(packed["predictions"][k]) for k in ("clean", *packed["order"])},
             tuple(packed["class_names"]),
             {k: packed["attacks"][k] for k in packed["order"]},
+            _tables(packed),
         )
 
     def meta(self) -> dict:
-        return {"class_names": list(self.class_names), "attacks": self.attacks, "order": list(self.attacks)}
+        checks = {k: table.to_dict("list") for k, table in self.checks.items()}
+        return {
+            "class_names": list(self.class_names),
+            "attacks": self.attacks,
+            "order": list(self.attacks),
+            "checks": checks,
+        }
+
+
+def _tables(meta: dict) -> dict[str, pd.DataFrame]:
+    return {k: pd.DataFrame(v, columns=COLUMNS, dtype=str) for k, v in meta.get("checks", {}).items()}
 
 
 def evaluate(
@@ -109,8 +126,9 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     folder: Path | None = None,
+    checks: int = IMAGES,
 ) -> Outcomes:
-    """Predictions on clean images and under each attack.
+    """Predictions on clean images and under each attack, and signs by which one sees that they cannot be trusted.
 
     model: maps images in [0, 1] to logits; attacked and judged in eval mode, in its own floating type, unchanged after.
     images: (N, C, H, W) uint8, or floating point in [0, 1]. labels: (N,) int64.
@@ -118,6 +136,8 @@ def evaluate(
     with step 1/255 at L-inf 8/255; or of AutoAttack (eps, norm, version="standard" | "fast"), which also gives the
     outcomes up to each of its attacks, as "name:apgd-ce" and so on. seed: of the random starts. progress: called with
     the number of images done at a time. folder: where AutoAttack keeps its state, to go on from it if it is killed.
+    checks: on so many images, all classes alike, the radius of the last attack is gone through with `checks.checklist`,
+    whose verdicts are in the outcomes (some 350 passes of each and a moment more; 0: none).
     Raises ValueError for images outside [0, 1] and labels that are no class of the model, FloatingPointError for logits
     of clean images that are not finite. Where they are lost under an attack, the image counts as wrong.
     """
@@ -154,4 +174,8 @@ def evaluate(
         else:
             e = Evaluation(model, images, labels, attack, batch_size=batch_size, seed=seed, folder=folder)
             out.add_autoattack(name, e.run())
+    if attacks and checks:
+        some = interleaved(labels, seed)[: min(checks, batch_size)]
+        found = checklist(model, images[some], labels[some], attack.eps, attack.norm)
+        out.checks[name] = pd.concat([found, black_box_check(out, name)], ignore_index=True)
     return out

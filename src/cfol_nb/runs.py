@@ -97,7 +97,10 @@ class Run:
         tensors, meta = read_tensors(folder / "outcomes.safetensors")
         try:
             outcomes = {
-                w: Outcomes.from_tensors({k.removeprefix(f"{w}."): v for k, v in tensors.items()}, meta)
+                w: Outcomes.from_tensors(
+                    {k.removeprefix(f"{w}."): v for k, v in tensors.items()},
+                    {**meta, "checks": meta.get("checks", {}).get(w, {})},
+                )
                 for w in stored["correct"]
             }
             if {w: _correct(o) for w, o in outcomes.items()} != stored["correct"]:
@@ -302,7 +305,7 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
     write_tensors(
         folder / "outcomes.safetensors",
         {f"{w}.{k}": v for w, o in found.items() for k, v in o.tensors().items()},
-        found["last"].meta(),
+        {**found["last"].meta(), "checks": {w: o.meta()["checks"] for w, o in found.items()}},
     )
     write_tensors(
         folder / "weights.safetensors",
@@ -574,7 +577,8 @@ def judge(
     out = []
     for run in runs:
         own, found = run.outcomes[which], verdicts(run, which)
-        out.append(Outcomes(own.labels, dict(own.predictions), own.class_names, dict(own.attacks)))
+        out.append(Outcomes(own.labels, {"clean": own.predictions["clean"]}, own.class_names))
+        out[-1].update(own)
         for name in asked:
             out[-1].update(found[name][0])
     return out

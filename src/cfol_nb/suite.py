@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from pydantic import BaseModel
 
+from cfol_nb.checks import IMAGES, PASSES, said
 from cfol_nb.config import RunConfig, keywords
 from cfol_nb.data import prepare
 from cfol_nb.evaluate import Outcomes
@@ -20,6 +21,7 @@ from cfol_nb.features import remake_steps
 from cfol_nb.files import ROOT, read_json, write_json
 from cfol_nb.methods import METHODS as METHOD_TYPES
 from cfol_nb.runs import Run, RunsFailed, _Progress, compute, folder_of, resolve, threads, verdicts, whole
+from cfol_nb.stats import last_attack
 from cfol_nb.train import check, look_steps, step_passes, train
 
 PAPER = {"epochs": 200, "schedule": {"name": "step", "milestones": [0.5, 0.75]}}
@@ -73,7 +75,8 @@ def estimate(config: RunConfig, steps: int = 8) -> float:
     kinds = 3 if config.ema else 2
     passes = 1 + sum(a.passes for a in config.attacks.values())
     total = len(images) // config.batch_size * config.epochs
-    in_float32 = kinds * passes * len(data.test) + 2 * remake_steps(config.remake) * len(images)
+    judged = passes * len(data.test) + PASSES * min(IMAGES, len(data.test))
+    in_float32 = kinds * judged + 2 * remake_steps(config.remake) * len(images)
     own = 1.1 * (step * total + per_pass * (looks + slower * in_float32))
     parent = config.parent and resolve(config.parent)
     return own + (estimate(parent, steps) if parent and not whole(folder_of(parent)) else 0)
@@ -208,5 +211,7 @@ def suite(
         else:
             (run,) = compute([config])
         path = publish(run, results)
-        say(f"{folder.name}: {run.provenance['seconds']['training'] / config.epochs:.2f} s per epoch, {path.name}")
+        last, pace = run.outcomes["last"], run.provenance["seconds"]["training"] / config.epochs
+        verdict = said(last.checks.get(last_attack(last)))
+        say(f"{folder.name}: {pace:.2f} s per epoch, {path.name}. {verdict}".strip())
         yield run
