@@ -211,6 +211,17 @@ def test_table_and_attacks_add_up(found):
     assert str(table["class"][0]) in found.verdict()
 
 
+def test_every_accuracy_is_stated_with_its_interval(found):
+    stated, table = found.stated().set_index("class"), found.table().set_index("class")
+    for name in ("clean", "pgd20", "autoattack"):
+        for label, row in stats.class_table(found.outcomes, name).set_index("class").iterrows():
+            low, high = stats.wilson(row["correct"], row["n"])
+            want = f"{100 * row['correct'] / row['n']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            assert stated.loc[label, name] == want
+    assert list(stated.index) == list(table.index)
+    assert stated["weakest (probability)"].astype(float).to_numpy() == pytest.approx(table["weakest"], abs=0.005)
+
+
 def test_accuracy_falls_with_the_radius_from_the_clean_one_on(found):
     for a, b in itertools.pairwise(found.radii.to_numpy()):
         assert (b <= a).all()

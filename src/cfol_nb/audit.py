@@ -165,6 +165,18 @@ class Audit:
             out["weakest"] = stats.chance_weakest(self.outcomes).to_numpy()
         return out.sort_values("autoattack", kind="stable").reset_index(drop=True)
 
+    def stated(self) -> pd.DataFrame:
+        """`table` as text: per cent [95 % Wilson interval] of clean, pgd20 and autoattack."""
+        table = self.table()
+        out = table[["class", "n"]].copy()
+        for name in ("clean", "pgd20"):
+            own = stats.class_table(self.outcomes, name).set_index("class").loc[table["class"]]
+            out[name] = own.rename(columns={"accuracy": "value"}).apply(stats.interval, axis=1).to_numpy()
+        out["autoattack"] = table.rename(columns={"autoattack": "value"}).apply(stats.interval, axis=1)
+        if "weakest" in table:
+            return out.assign(**{"weakest (probability)": table["weakest"].map("{:.2f}".format)})
+        return out.assign(unfinished=table["unfinished"])
+
     def broken_by(self) -> pd.DataFrame:
         """Images per class that each attack was the first to break; "clean": wrong without one; "held": none broke."""
         names = ["clean", *(n for n in self.outcomes.predictions if n.startswith("autoattack"))]
@@ -231,9 +243,6 @@ class Audit:
     def html(self, path: Path) -> Path:
         """One page that needs nothing else and can be sent to somebody."""
         percent = "{:.1f} %".format
-        table = self.table()
-        for c in table.columns.intersection(["clean", "pgd20", "autoattack", "low", "high", "weakest"]):
-            table[c] = [percent(100 * v) for v in table[c]]
         radii = (100 * self.radii.T).round(1).rename_axis("class").reset_index()
         radii.columns = ["class", *(f"{r:.3g}" for r in self.radii.index)]
         confused = self.confused()
@@ -262,7 +271,7 @@ class Audit:
         body = [
             f"<h1>{html.escape(self.name)}: robustness of each class</h1><p class=v>{html.escape(self.verdict())}</p>",
             pictures[0],
-            part("Classes, weakest first (95 % Wilson intervals)", table),
+            part("Classes, weakest first: per cent [95 % Wilson interval]", self.stated()),
             pictures[1],
             part("The same in per cent, by radius", radii),
             pictures[2],

@@ -332,7 +332,7 @@ def audit(
         compiled=compiled,
     )
     write_tensors(folder / "outcomes.safetensors", found.outcomes.tensors(), found.outcomes.meta())
-    typer.echo(found.table().round(3).to_string(index=False))
+    typer.echo(f"per cent [95 % interval]\n{found.stated().to_string(index=False)}")
     typer.echo(f"\nimages that each attack was the first to break\n{found.broken_by().to_string()}")
     if len(found.checks):
         typer.echo(f"\n{found.checks.to_string(index=False)}")
