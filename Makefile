@@ -22,9 +22,9 @@ setup: $(STAMP)  ## the environment only (.venv)
 run: $(STAMP)  ## every notebook headless, then the headline table
 	@$(BIN)/cfol-nb run
 
-test: $(STAMP)  ## ruff, pytest, nbval; trained runs go to a folder of their own
+test: $(STAMP)  ## ruff, pytest, nbval; trained runs go to a folder of their own (TEST_RUNS: one that is kept)
 	@$(BIN)/ruff check .
-	@set -e; runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; export CFOL_NB_RUNS="$$runs"; \
+	@set -e; runs=$${TEST_RUNS:-$$(mktemp -d)}; trap '[ "$$TEST_RUNS" ] || rm -rf "$$runs"' EXIT; export CFOL_NB_RUNS="$$runs"; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal; \
 	$(BIN)/python -m pytest --nbval --nbval-current-env notebooks
 

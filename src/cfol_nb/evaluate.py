@@ -149,6 +149,10 @@ def evaluate(
     labels = as_labels(labels)
     steps = {k: a for k, a in attacks.items() if isinstance(a, Attack)}
     clean, k = predict(model, images, labels, class_names=class_names, batch_size=batch_size)
+    if attacks and checks:  # first: a model that cannot be checked is refused before the expensive part
+        *_, last = attacks.values()
+        some = interleaved(labels, seed)[: min(checks, batch_size)]
+        found = checklist(model, images[some], labels[some], last.eps, last.norm)
     tensor = weight_of(model)
     predictions = {k: [] for k in steps}
     generators = {k: torch.Generator(tensor.device).manual_seed(seed) for k in steps}
@@ -175,7 +179,5 @@ def evaluate(
             e = Evaluation(model, images, labels, attack, batch_size=batch_size, seed=seed, folder=folder)
             out.add_autoattack(name, e.run())
     if attacks and checks:
-        some = interleaved(labels, seed)[: min(checks, batch_size)]
-        found = checklist(model, images[some], labels[some], attack.eps, attack.norm)
         out.checks[name] = pd.concat([found, black_box_check(out, name)], ignore_index=True)
     return out
