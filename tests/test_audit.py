@@ -138,6 +138,13 @@ def test_every_evaluation_keeps_the_verdicts_of_its_last_radius(trained, digits,
     masked = evaluate(Broken(trained[1], "rounds").eval(), x, y, {"pgd": attacks["pgd"]}, checks=50)
     assert verdicts(masked.checks["pgd"])["gradients of the margin are not zero"] == "fail"
     assert "of 50 images" in masked.checks["pgd"].set_index("check").loc["clean accuracy is above chance", "seen"]
+    older = {k: v for k, v in o.packed().items() if k != "checks"}
+    assert not Outcomes.unpacked(older).checks
+    few = (trained[1](x).argmax(1) == y).nonzero().squeeze(1)[:1]  # right, but so is one guess in ten
+    few = evaluate(trained[1], x[few], y[few], {"pgd": attacks["pgd"]}).checks["pgd"]
+    assert verdicts(few)["clean accuracy is above chance"] == "look"
+    single = evaluate(trained[1], x, y, {"pgd": attacks["pgd"]}, batch_size=1).checks["pgd"]
+    assert "of 20 images" in single.set_index("check").loc["clean accuracy is above chance", "seen"]
     assert not evaluate(trained[1], x, y, {"pgd": attacks["pgd"]}, checks=0).checks
     assert not evaluate(trained[1], x, y, {}).checks
 
@@ -293,7 +300,14 @@ def test_what_came_before_autoattack_is_kept_too(trained, digits, tmp_path, quic
         np.testing.assert_array_equal(part.outcomes.correct("autoattack"), part.outcomes.correct("pgd20"))
         assert part.unfinished.sum() == part.outcomes.correct("pgd20").sum()  # the others are decided
         assert part.radii.iloc[0].mean() == pytest.approx(stats.accuracies(part.outcomes, "clean").mean())
-        part.html(tmp_path / "part.html")
+        skipped = np.array(part.outcomes.attacks["pgd20"]["unfinished"])
+        assert skipped.sum() == part.outcomes.correct("clean")[aa.interleaved(y, 0)[25:]].sum()
+        sure, n = stats.counts(part.outcomes, "pgd20")[0] - skipped, stats.counts(part.outcomes, "clean")[1]
+        lows = [f"[{100 * stats.wilson(c, m)[0]:.1f}, " for c, m in zip(sure, n, strict=True)]
+        stated = part.stated().set_index("class").loc[list(part.outcomes.class_names)]
+        assert all(low in text for low, text in zip(lows, stated["pgd20"], strict=True))
+        assert stated["unfinished"].tolist() == part.unfinished.tolist()
+        assert "as if all unfinished images fell" in part.html(tmp_path / "part.html").read_text()
     found = audit(trained[0], x, y, eps=0.1, batch_size=25, folder=tmp_path)
     assert sizes == [25, 25, 10]
     checked, original_checks = [], module.checklist

@@ -142,6 +142,22 @@ def test_weakest_classes_in_common_are_counted_run_by_run():
     assert stats._same_weakest(a, b, 4) == 1
 
 
+def test_the_worst_of_the_mean_is_compared_with_that_of_the_mean(monkeypatch):
+    """The weakest classes agree run by run, those of the averages do not."""
+    labels, asked, original = np.repeat([0, 1, 2], 20), [], stats._difference
+    monkeypatch.setattr(stats, "_difference", lambda *a: asked.append(a[2]) or original(*a))
+
+    def runs(*accuracies: list[float]) -> list:
+        rank = np.tile(np.arange(20), 3) / 20
+        return [outcomes(rank < np.array(accuracy)[labels], labels, 3) for accuracy in accuracies]
+
+    stats.summary(runs([0.1, 0.5, 0.9], [0.5, 0.3, 0.9]), versus=runs([0.3, 0.5, 0.9], [0.5, 0.1, 0.9]))
+    assert dict(zip([*stats.STATISTICS, "worst_of_mean"], asked, strict=True)) == {
+        **dict.fromkeys(stats.STATISTICS, 1.0),
+        "worst_of_mean": 0.0,
+    }
+
+
 def test_a_difference_is_the_mirror_image_of_the_other_way_round_and_0_of_like_draws():
     rng, labels = np.random.default_rng(0), np.repeat(np.arange(30), 100)
     weak = np.r_[0.15, np.linspace(0.3, 0.9, 29)]

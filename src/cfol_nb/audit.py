@@ -166,13 +166,15 @@ class Audit:
         return out.sort_values("autoattack", kind="stable").reset_index(drop=True)
 
     def stated(self) -> pd.DataFrame:
-        """`table` as text: per cent [95 % Wilson interval] of clean, pgd20 and autoattack."""
+        """`table` as text: per cent [95 % Wilson interval] of clean, pgd20 and autoattack. Where images were not
+        attacked, or not to the end, the lower end is what holds if all of them fall."""
         table = self.table()
-        out = table[["class", "n"]].copy()
-        for name in ("clean", "pgd20"):
-            own = stats.class_table(self.outcomes, name).set_index("class").loc[table["class"]]
-            out[name] = own.rename(columns={"accuracy": "value"}).apply(stats.interval, axis=1).to_numpy()
-        out["autoattack"] = table.rename(columns={"autoattack": "value"}).apply(stats.interval, axis=1)
+        out, pgd20 = table[["class", "n"]].copy(), self.outcomes.attacks["pgd20"]
+        for name, open_ in (("clean", 0), ("pgd20", pgd20.get("unfinished", 0)), ("autoattack", self.unfinished)):
+            own = stats.class_table(self.outcomes, name).rename(columns={"accuracy": "value"})
+            sure = own["correct"] - open_
+            own["low"] = [stats.wilson(c, n)[0] for c, n in zip(sure, own["n"], strict=True)]
+            out[name] = own.set_index("class").loc[table["class"]].apply(stats.interval, axis=1).to_numpy()
         if "weakest" in table:
             return out.assign(**{"weakest (probability)": table["weakest"].map("{:.2f}".format)})
         return out.assign(unfinished=table["unfinished"])
@@ -271,7 +273,11 @@ class Audit:
         body = [
             f"<h1>{html.escape(self.name)}: robustness of each class</h1><p class=v>{html.escape(self.verdict())}</p>",
             pictures[0],
-            part("Classes, weakest first: per cent [95 % Wilson interval]", self.stated()),
+            part(
+                "Classes, weakest first: per cent [95 % Wilson interval]"
+                + ", lower ends as if all unfinished images fell" * bound,
+                self.stated(),
+            ),
             pictures[1],
             part("The same in per cent, by radius", radii),
             pictures[2],
@@ -489,6 +495,9 @@ def audit(
     first[fresh] = np.where(right, np.inf, 0)[fresh]
     outcomes = Outcomes(labels.numpy(), {"clean": clean.numpy()}, names, {})
     outcomes.add("pgd20", np.where(fresh, clean.numpy(), predicted.numpy()), pgd20.model_dump())
+    if fresh.any():
+        skipped = np.bincount(outcomes.labels[fresh & right], minlength=len(names))
+        outcomes.attacks["pgd20"]["unfinished"] = skipped.tolist()
     outcomes.add_autoattack("autoattack", e)
     if e.finished.all():
         checks = pd.concat([checks, black_box_check(outcomes, "autoattack")], ignore_index=True)

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from cfol_nb.attacks import LOSSES, answers, as_float, evaluating, margin, pgd, weight_of
+from cfol_nb.attacks import LOSSES, answers, as_float, evaluating, margin, pgd, repeating, weight_of
 from cfol_nb.models import build
 
 if TYPE_CHECKING:
     from cfol_nb.evaluate import Outcomes
 
 COLUMNS = ["check", "verdict", "seen"]
-IMAGES, PASSES = 100, 350  # in a checklist after an evaluation; of each, and a moment more
+IMAGES, PASSES = 100, 350  # in the checklist of an evaluation; of each, and a moment more
 
 
 def short_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, steps: int, **more) -> Tensor:
@@ -79,7 +79,7 @@ def checklist(
     def right(a: Tensor) -> Tensor:
         return answers(model(a), y) == y
 
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), repeating(), torch.no_grad():
         z = model(x)
         k, scale = z.shape[1], z.std().clamp_min(1e-12)
         again = max(((model(x) - z).abs().max() / scale).item() for _ in range(3))
@@ -94,7 +94,8 @@ def checklist(
         keep = z.argmax(1) == y
         chance = binomtest(int(keep.sum()), len(x), 1 / k, "greater").pvalue
         share = f"{100 * keep.double().mean().item():.0f} % of {len(x)} images, {k} classes"
-        say("clean accuracy is above chance", chance < 0.01, share)
+        lost = "fail" if keep.double().mean() <= 1 / k else "look"  # few images tell little
+        say("clean accuracy is above chance", chance < 0.01, share, lost)
         if not keep.any():
             return pd.DataFrame(rows, columns=COLUMNS, dtype=str)
         x, y, z = x[keep], y[keep], z[keep]

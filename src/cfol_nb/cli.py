@@ -251,7 +251,8 @@ def publish(
     for run in runs:
         typer.echo(s.publish(run, results))
         for name, (outcomes, _) in verdicts(run, "last").items():
-            typer.echo(f"  {name}: {said(outcomes.checks.get(name))}")
+            if text := said(outcomes.checks.get(name)):
+                typer.echo(f"  {name}: {text}")
 
 
 @app.command()

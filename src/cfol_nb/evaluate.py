@@ -136,8 +136,9 @@ def evaluate(
     with step 1/255 at L-inf 8/255; or of AutoAttack (eps, norm, version="standard" | "fast"), which also gives the
     outcomes up to each of its attacks, as "name:apgd-ce" and so on. seed: of the random starts. progress: called with
     the number of images done at a time. folder: where AutoAttack keeps its state, to go on from it if it is killed.
-    checks: on so many images, all classes alike, the radius of the last attack is gone through with `checks.checklist`,
-    whose verdicts are in the outcomes (some 350 passes of each and a moment more; 0: none).
+    checks: on so many images (at most a batch, or 20), all classes alike, `checks.checklist` is gone through first, in
+    the ball of the last attack; its verdicts are in the outcomes. Some 350 passes of each and a moment more; 0: none,
+    as is needed for a model that takes batches of one size only.
     Raises ValueError for images outside [0, 1] and labels that are no class of the model, FloatingPointError for logits
     of clean images that are not finite. Where they are lost under an attack, the image counts as wrong.
     """
@@ -151,7 +152,7 @@ def evaluate(
     clean, k = predict(model, images, labels, class_names=class_names, batch_size=batch_size)
     if attacks and checks:  # first: a model that cannot be checked is refused before the expensive part
         *_, last = attacks.values()
-        some = interleaved(labels, seed)[: min(checks, batch_size)]
+        some = interleaved(labels, seed)[: min(checks, max(20, batch_size))]
         found = checklist(model, images[some], labels[some], last.eps, last.norm)
     tensor = weight_of(model)
     predictions = {k: [] for k in steps}

@@ -385,8 +385,8 @@ def _beyond(
 
 def _same_weakest(a: np.ndarray, b: np.ndarray, m: int) -> float:
     """Share of the m weakest classes that two lists of runs (S, K) have in common, run by run."""
-    pairs = zip(a.argsort(-1)[:, :m], b.argsort(-1)[:, :m], strict=True)
-    return float(np.mean([np.isin(x, y) for x, y in pairs]))
+    lowest = (x.argsort(-1, kind="stable")[:, :m] for x in (a, b))
+    return float(np.mean([np.isin(x, y) for x, y in zip(*lowest, strict=True)]))
 
 
 def _difference(
@@ -531,7 +531,10 @@ def _summaries(
                 scarce = few and k.startswith("worst")  # what is drawn varies too little
                 if others:
                     m = in_tail(len(images)) if k == "tail" else 1
-                    same = _same_weakest(observed[own], observed[: len(others)], m)
+                    pair = observed[own], observed[: len(others)]
+                    if k == "worst_of_mean":
+                        pair = [each.mean(0, keepdims=True) for each in pair]
+                    same = _same_weakest(*pair, m)
                     low, high = _difference((drawn, beyond), against[k][1:], same, confidence)
                     value, drawn = value - against[k][0], drawn - against[k][1]
                     low, high = (max(low - more, -1), min(high + more, 1)) if scarce else (low, high)
