@@ -1,8 +1,10 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
-from cfol_nb.models import MODELS, build, register
+from cfol_nb.models import MODELS, build, initialised_from, register
 
 SMALL = {
     "smallcnn": {"width": 4},
@@ -91,3 +93,16 @@ def test_own_models_can_be_registered():
 def test_bad_models_are_refused_in_a_sentence(given, says):
     with pytest.raises(ValueError, match=says):
         build(**given)
+
+
+def test_layers_are_initialised_from_the_seed_also_beside_other_threads():
+    def weights(seed: int) -> torch.Tensor:
+        with initialised_from(seed):
+            return torch.cat([p.flatten() for p in build("smallcnn", channels=1, width=4).parameters()])
+
+    state, want = torch.get_rng_state(), [weights(seed) for seed in (0, 1)]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(weights, [0, 1] * 100))
+    assert all(torch.equal(a, want[i % 2]) for i, a in enumerate(got))
+    assert not torch.equal(*want)
+    assert torch.equal(torch.get_rng_state(), state)

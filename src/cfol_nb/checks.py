@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from cfol_nb.attacks import LOSSES, answers, as_float, evaluating, margin, pgd, repeating, weight_of
-from cfol_nb.models import build
+from cfol_nb.models import build, initialised_from
 
 if TYPE_CHECKING:
     from cfol_nb.evaluate import Outcomes
@@ -33,8 +33,7 @@ def _surrogate(model: nn.Module, x: Tensor) -> nn.Module:
     """A small CNN that was taught the model's own predictions on x for a moment: a source of transferred attacks."""
     with torch.no_grad():
         z = model(x)
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(0)
+    with initialised_from(0):
         student = build("smallcnn", num_classes=z.shape[1], channels=x.shape[1]).to(x)
     optimizer = torch.optim.Adam(student.parameters(), 2e-3)
     generator = torch.Generator().manual_seed(0)

@@ -5,7 +5,9 @@ All take any image side from 8 to 224 pixels, 1 or 3 channels, and a width facto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,16 @@ from torch import Tensor, nn
 from cfol_nb.config import choose, options
 
 MODELS: dict[str, Callable[..., nn.Module]] = {}
+sharing = threading.Lock()  # of torch's global generators, from which layers are initialised and dropout draws
+
+
+@contextlib.contextmanager
+def initialised_from(seed: int) -> Iterator[None]:
+    """Layers that are made on the CPU start from the seed, also beside other threads; the global generator is
+    afterwards as it was."""
+    with sharing, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def register(name: str):

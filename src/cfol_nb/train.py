@@ -25,7 +25,7 @@ from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.features import REMAKES
 from cfol_nb.files import Corrupt, code_hash, read_tensors, write_tensors
 from cfol_nb.methods import METHODS, Method
-from cfol_nb.models import build
+from cfol_nb.models import build, initialised_from, sharing
 from cfol_nb.objectives import OBJECTIVES, TemporalEnsemble
 from cfol_nb.stats import counts
 
@@ -71,9 +71,6 @@ def step_passes(config: RunConfig) -> int:
     return 3 + 2 * config.steps * (OBJECTIVES[config.objective["name"]].attack_loss is not None)
 
 
-_sharing = threading.Lock()  # of torch's global generators, from which layers are initialised and dropout draws
-
-
 def _generators(device: torch.device) -> list[torch.Generator]:
     """torch's global generators that a run on this device may use."""
     if device.type != "cuda":
@@ -86,14 +83,14 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """torch's global generators start from the seed, and are afterwards as they were."""
     generators = _generators(device)
-    with _sharing:
+    with sharing:
         before = [g.get_state() for g in generators]
         for g in generators:
             g.manual_seed(seed)
     try:
         yield
     finally:
-        with _sharing:
+        with sharing:
             for g, state in zip(generators, before, strict=True):
                 g.set_state(state)
 
@@ -107,8 +104,7 @@ def make_model(config: RunConfig, num_classes: int, channels: int, **statistics)
 def new_model(config: RunConfig, data: ImageSet) -> nn.Module:
     """The untrained network of a run, with the data set's normalisation, from the run's seed."""
     mean, std = data.statistics()
-    with _sharing, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+    with initialised_from(config.seed):
         return make_model(config, len(data.class_names), data.images.shape[1], mean=mean, std=std)
 
 
@@ -321,7 +317,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
         selected, step, best = state["selected"], state["step"], tuple(state["best"])
         history, sum_loss = json.loads(state["history"]), state["sum_loss"].to(device)
         start, looking = start - state["seconds"][0], state["seconds"][1]
-        with _sharing:
+        with sharing:
             for g, old in zip(_generators(device), state["global"], strict=True):
                 g.set_state(old)
 
