@@ -136,10 +136,14 @@ def test_a_difference_is_made_of_the_arms_of_both_sides_that_lead_there(r):
 
 
 def test_weakest_classes_in_common_are_counted_run_by_run():
-    a, b = np.array([[3, 1, 2, 9], [1, 2, 3, 4]]), np.array([[9, 8, 1, 2], [1, 9, 2, 8]])
-    assert stats._same_weakest(a, b, 1) == 0.5  # 1 and 2; 0 and 0
-    assert stats._same_weakest(a, b, 2) == 0.5  # {1, 2} and {2, 3}; {0, 1} and {0, 2}
-    assert stats._same_weakest(a, b, 4) == 1
+    a, b, n = np.array([[3, 1, 2, 9], [1, 2, 3, 4]]), np.array([[9, 8, 1, 2], [1, 9, 2, 8]]), np.full(4, 60)
+    assert stats._same_weakest(a, b, n, 1) == 0.5  # 1 and 2; 0 and 0
+    assert stats._same_weakest(a, b, n, 2) == 0.5  # {1, 2} and {2, 3}; {0, 1} and {0, 2}
+    assert stats._same_weakest(a, b, n, 4) == 1
+    n = np.array([30, 60, 90, 60])  # class 0 has half of the median's images
+    assert stats._same_weakest(a, b, n, 1) == 0.25
+    assert stats._same_weakest(a, b, n, 2) == stats._same_weakest(b, a, n, 2) == 0.375
+    assert stats._same_weakest(a[:1], b[:1], np.array([60, 60, 60, 30]), 2) == 0.25  # weak in one of the two
 
 
 def test_the_worst_of_the_mean_is_compared_with_that_of_the_mean(monkeypatch):

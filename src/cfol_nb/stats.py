@@ -383,10 +383,12 @@ def _beyond(
     return out
 
 
-def _same_weakest(a: np.ndarray, b: np.ndarray, m: int) -> float:
-    """Share of the m weakest classes that two lists of runs (S, K) have in common, run by run."""
+def _same_weakest(a: np.ndarray, b: np.ndarray, n: np.ndarray, m: int) -> float:
+    """Share of the m weakest classes that two lists of runs (S, K) have in common, run by run; less, by the images (K,)
+    of the rarest of them to the median, where one is rare: its noise alone can make it one of the weakest of both."""
+    told = np.minimum(1, n / np.median(n))
     lowest = (x.argsort(-1, kind="stable")[:, :m] for x in (a, b))
-    return float(np.mean([np.isin(x, y) for x, y in zip(*lowest, strict=True)]))
+    return float(np.mean([told[np.union1d(x, y)].min() * np.isin(x, y) for x, y in zip(*lowest, strict=True)]))
 
 
 def _difference(
@@ -534,7 +536,7 @@ def _summaries(
                     pair = observed[own], observed[: len(others)]
                     if k == "worst_of_mean":
                         pair = [each.mean(0, keepdims=True) for each in pair]
-                    same = _same_weakest(*pair, m)
+                    same = _same_weakest(*pair, images, m)
                     low, high = _difference((drawn, beyond), against[k][1:], same, confidence)
                     value, drawn = value - against[k][0], drawn - against[k][1]
                     low, high = (max(low - more, -1), min(high + more, 1)) if scarce else (low, high)
