@@ -51,7 +51,9 @@ SEED, DRAWS = 19, 1000
 
 
 def simulations(case: str) -> int:
-    return 4000 if case.startswith("like") else 1000
+    if not case.startswith("like"):
+        return 1000
+    return 8000 if case.endswith("60 a class") else 4000
 
 
 def outcomes(right: np.ndarray, labels: np.ndarray, k: int) -> Outcomes:
