@@ -57,7 +57,7 @@ def test_intervals_hold_where_classes_are_no_normal_population(case, simulations
     assert min(held[name] for name in names) >= least, held
 
 
-def test_what_lies_beyond_the_draws_is_the_furthest_truth_not_refused():
+def test_the_limits_are_the_furthest_truths_not_refused():
     """The worst class: the chance of a minimum as low, in closed form for normal noise. The gap is its mirror image."""
     rng, size = np.random.default_rng(0), 0.05
     angle = np.array([[0.6, 0.63, 0.64, 0.7, 0.9, 0.95]])
@@ -74,16 +74,14 @@ def test_what_lies_beyond_the_draws_is_the_furthest_truth_not_refused():
 
     for confidence in (0.8, 0.95):
         furthest, alone = (np.sin(brentq(f, 0.2, 0.9, args=(confidence,))) ** 2 for f in (refused, kept))
-        at = {"worst": np.full(9, 0.3), "gap": np.full(9, 0.4), "mean": np.full(9, 0.5)}
-        got = stats._beyond(angle, noise, runs, at, confidence)
-        np.testing.assert_allclose(got["worst"], [furthest - 0.3, min(0, alone - 0.3)], atol=0.002)
-        assert not got["mean"].any()
-        got = stats._beyond(angle, noise, runs, {"worst": np.full(9, 0.9)}, confidence)["worst"]
-        np.testing.assert_allclose(got, [0, alone - 0.9], atol=0.002)
-    mirrored = {"gap": np.full(9, 0.4)}  # accuracies and errors swapped
-    got, other = (stats._beyond(a, noise, runs, mirrored, 0.95)["gap"][0] for a in (angle, np.pi / 2 - angle))
-    assert got < 0
-    assert got == pytest.approx(other, abs=0.003)
+        got = stats._limits(angle, noise, runs, ["worst", "gap", "mean"], confidence)
+        np.testing.assert_allclose(got["worst"], [[np.inf, furthest], [alone, -np.inf]], atol=0.002)
+        assert (got["mean"] == [np.inf, -np.inf]).all()
+    mirrored = np.pi / 2 - angle  # accuracies and errors swapped
+    got, other = (stats._limits(a, noise, runs, ["gap"], 0.95)["gap"] for a in (angle, mirrored))
+    measured = np.ptp(np.sin(angle) ** 2)
+    assert got[0, 0] < measured < got[1, 1]
+    np.testing.assert_allclose(got, other, atol=0.003)
 
 
 def test_the_class_that_may_be_the_lowest_counts_also_where_another_was_measured_lower():
@@ -92,10 +90,9 @@ def test_the_class_that_may_be_the_lowest_counts_also_where_another_was_measured
     angle = np.array([[np.arcsin(np.sqrt(0.8)), *np.full(9, np.arcsin(np.sqrt(0.7)))]])
     angle[0, 1:] += 0.1 * np.arange(9)
     noise = size * np.random.default_rng(0).standard_normal((200_000, 1, 10))
-    runs, at = np.zeros((200_000, 1, 1), int), {"worst": np.full(9, 0.7)}
-    got = stats._beyond(angle, noise, runs, at, 0.95)["worst"]
+    got = stats._limits(angle, noise, np.zeros((200_000, 1, 1), int), ["worst"], 0.95)["worst"]
     # half of the noise leaves the second class, which was measured lowest, as high as it was
-    assert got[1] == pytest.approx(np.sin(angle[0, 0] - norm.ppf(0.9) * size[0, 0]) ** 2 - 0.7, abs=0.004)
+    assert got[1, 0] == pytest.approx(np.sin(angle[0, 0] - norm.ppf(0.9) * size[0, 0]) ** 2, abs=0.004)
 
 
 def test_two_classes_that_stand_apart_are_a_tail_whose_lower_end_is_that_of_their_mean():
@@ -103,20 +100,38 @@ def test_two_classes_that_stand_apart_are_a_tail_whose_lower_end_is_that_of_thei
     size = 0.02
     angle = np.array([[0.5, 0.5, *np.linspace(0.9, 1.2, 8)]])
     noise, runs = size * np.random.default_rng(0).standard_normal((200_000, 1, 10)), np.zeros((200_000, 1, 1), int)
-    got = stats._beyond(angle, noise, runs, {"tail": np.full(9, 0.3)}, 0.95)
+    got = stats._limits(angle, noise, runs, ["tail"], 0.95)
     lower = np.sin(0.5 - norm.ppf(0.95) * size / np.sqrt(2)) ** 2
-    assert got["tail"][1] == pytest.approx(lower - 0.3, abs=0.001)
+    assert got["tail"][1, 0] == pytest.approx(lower, abs=0.001)
+
+
+def test_the_interval_of_one_worst_class_is_94_percent_of_its_draws_and_what_is_not_refused(monkeypatch):
+    labels, seen, original = np.repeat(np.arange(10), 60), {}, stats._statistics
+    monkeypatch.setattr(stats, "_statistics", lambda *a: seen.update(original(*a)) or seen)
+    o = outcomes(np.random.default_rng(1).random(600) < np.r_[0.3, np.linspace(0.4, 0.8, 9)][labels], labels, 10)
+    got = stats.summary(o)
+    for name, ends in (("worst", [0.03, 0.97]), ("tail", [0.025, 0.975])):
+        value, drawn, limits = seen[name]
+        low, high = np.quantile(drawn, ends)
+        ends = min(low, limits[1, 0]), max(high, limits[0, 1])
+        assert ends[0] < value < ends[1]
+        np.testing.assert_allclose(got.loc[name, ["low", "high"]].astype(float), ends, atol=1e-12)
 
 
 @pytest.mark.parametrize("r", [0.0, 0.6])
 def test_a_difference_is_made_of_the_arms_of_both_sides_that_lead_there(r):
-    """Of normal draws they are known: 1.96 standard deviations and what lies beyond (Zou and Donner 2008)."""
+    """Of normal draws they are known: 1.96 standard deviations and what lies beyond (Zou and Donner 2008). The limits
+    are given as how far beyond, signed: of alike classes, of one apart."""
     size, rng = np.array([0.03, 0.04]), np.random.default_rng(0)
     drawn = [0.5, 0.35] + size * (rng.standard_normal((400_000, 2)) @ np.linalg.cholesky([[1, r], [r, 1]]).T)
     half, (a, b) = 1.96 * np.sqrt((size**2).sum() - 2 * r * size.prod()), 1.96 * size
 
+    def limits(x: np.ndarray, far: list[float]) -> np.ndarray:
+        low, high = np.quantile(x, [0.025, 0.975])
+        return np.array([[low + y if y < 0 else np.inf, high + y if y > 0 else -np.inf] for y in far])
+
     def got(own: list[float], base: list[float], same: float = 0.0) -> np.ndarray:
-        sides = ((x, np.array(y)) for x, y in zip(drawn.T, (own, base), strict=True))
+        sides = ((x, limits(x, y)) for x, y in zip(drawn.T, (own, base), strict=True))
         return np.array(stats._difference(*sides, same, 0.95)) - 0.15
 
     def arm(x: float, y: float) -> float:
@@ -170,7 +185,9 @@ def test_a_difference_is_the_mirror_image_of_the_other_way_round_and_0_of_like_d
     np.testing.assert_allclose(there["low"], -back["high"], atol=0.003)
     np.testing.assert_allclose(there["high"], -back["low"], atol=0.003)
     drawn = rng.random(500)
-    assert stats._difference(*((drawn.copy(), np.array([0.1, -0.1])) for _ in range(2)), 0.0, 0.95) == (0, 0)
+    assert stats._difference(
+        *((drawn.copy(), np.array([[np.inf, 1.1], [-0.1, -np.inf]])) for _ in range(2)), 0.0, 0.95
+    ) == (0, 0)
     like = outcomes(a.correct("pgd") ^ (np.arange(3000) == 1007), labels, 30)  # an image of a class in the middle
     assert np.abs(stats.summary(a, versus=like).loc["worst", ["low", "high"]]).max() < 0.003
 

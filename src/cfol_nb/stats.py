@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -325,11 +325,11 @@ def _chances(alike: np.ndarray, shape: tuple[int, int], rng: np.random.Generator
     return chance.swapaxes(0, 1)
 
 
-def _beyond(
-    angle: np.ndarray, noise: np.ndarray, runs: np.ndarray, drawn: Mapping[str, np.ndarray], confidence: float
+def _limits(
+    angle: np.ndarray, noise: np.ndarray, runs: np.ndarray, names: Iterable[str], confidence: float
 ) -> dict[str, np.ndarray]:
-    """How far beyond the interval of its draws each statistic may lie if the classes are more alike than measured, and
-    if one stands apart.
+    """(2, 2) how low and how high each statistic may lie if the classes are more alike than measured, and if one stands
+    apart; infinite, the other way round, where this says nothing.
 
     The classes of a normal population go on thinning out below the worst one. True ones may end at it, many close to
     each other, and the lowest of so many measured ones lies far below them all; or one that is alone may lie so close
@@ -357,8 +357,8 @@ def _beyond(
         np.put_along_axis(true, least, np.maximum(lower, 0), -1)
         return true
 
-    out = {name: np.zeros(2) for name in drawn}
-    moved = {name: in_tail(angle.shape[-1]) if name == "tail" else 1 for name in drawn if name in ALIKE}
+    out = {name: np.tile([np.inf, -np.inf], (2, 1)) for name in names}
+    moved = {name: in_tail(angle.shape[-1]) if name == "tail" else 1 for name in out if name in ALIKE}
     for m in sorted({0, *moved.values()}):  # so many classes apart; 0: all alike
         i, sign, least = (1, -1, lowest[:, :m]) if m else (0, 1, None)
         signs = {name: sign * ALIKE[name] for name, own in moved.items() if m in (0, own)}
@@ -377,9 +377,7 @@ def _beyond(
                 break
         for name, s in signs.items():
             falling = np.minimum.accumulate(share[name])[::-1]
-            reached = s * np.interp(1 - confidence, falling, truth[name][::-1])
-            end = np.quantile(drawn[name], (1 + s * confidence) / 2)
-            out[name][i] = s * max(0.0, s * (reached - end))
+            out[name][i, int(s > 0)] = s * np.interp(1 - confidence, falling, truth[name][::-1])
     return out
 
 
@@ -394,8 +392,8 @@ def _same_weakest(a: np.ndarray, b: np.ndarray, n: np.ndarray, m: int) -> float:
 def _difference(
     own: tuple[np.ndarray, np.ndarray], base: tuple[np.ndarray, np.ndarray], same: float, confidence: float
 ) -> tuple[float, float]:
-    """low, high of the difference of two statistics, each given as its draws (D,) and how far it may lie beyond them;
-    same: the share of classes that are the weakest in both (`_same_weakest`).
+    """low, high of the difference of two statistics, each given as its draws (D,) and its `_limits`; same: the
+    share of classes that are the weakest in both (`_same_weakest`).
 
     Quantiles of the differences of the draws, and farther as an interval does that is made of two (MOVER; Zou and
     Donner 2008): the square of its arm is a^2 + b^2 - 2 r a b, where a and b are the arms of the two that lead there,
@@ -407,12 +405,13 @@ def _difference(
     noise = np.stack([x - x.mean() for x, _ in (own, base)])
     (a, product), (_, b) = noise @ noise.T
     r = round(product / np.sqrt(max(a * b, 1e-300)), 9)  # 1 for the same draws
-    shared = np.minimum(np.abs(own[1]), np.abs(base[1])) * [1, max(r, 0)]
-    arms, longer = [], []
-    for drawn, beyond in (own, base):
-        beyond = np.sign(beyond) * (np.abs(beyond) - shared) * [1, 1 - same * max(r, 0)]
-        arms.append(np.diff(np.quantile(drawn, tails)))
-        longer.append(arms[-1] + [-np.minimum(0, beyond).sum(), np.maximum(0, beyond).sum()])
+    ends = [np.quantile(drawn, tails) for drawn, _ in (own, base)]
+    beyond = [np.maximum(0, (reach - at[[0, 2]]) * [-1, 1]) for at, (_, reach) in zip(ends, (own, base), strict=True)]
+    shared = np.minimum(*beyond) * [[1], [max(r, 0)]]
+    arms = [np.diff(at) for at in ends]
+    longer = [
+        arm + ((far - shared) * [[1], [1 - same * max(r, 0)]]).sum(0) for arm, far in zip(arms, beyond, strict=True)
+    ]
     before, after = (a**2 + b[::-1] ** 2 - 2 * r * a * b[::-1] for a, b in (arms, longer))
     low, middle, high = np.quantile(own[0] - base[0], tails)
     arm = np.sqrt(np.array([middle - low, high - middle]) ** 2 + np.maximum(after - before, 0))
@@ -427,7 +426,7 @@ def _statistics(
     chances: np.ndarray,
     confidence: float,
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Each statistic of (S, K) accuracies, draws of what it truly is, and how far beyond them it may lie."""
+    """Each statistic of (S, K) accuracies, draws of what it truly is, and its `_limits`."""
 
     def true(angle: np.ndarray, noise: np.ndarray, chance: np.ndarray) -> np.ndarray:
         return true_accuracies(angle, noise.std(0), noise, chance)
@@ -438,15 +437,15 @@ def _statistics(
     drawn = {name: f(each).mean(-1) for name, f in STATISTICS.items()}
     unmoved = observed + (sampled - sampled.mean(0)) * np.sqrt((n + 2) / n)  # nothing is chosen in a mean
     drawn["mean"] = np.take_along_axis(unmoved, runs, 1).mean((1, 2)).clip(0, 1)
-    beyond = _beyond(angle, noise, runs, drawn, confidence)
-    out = {name: (f(observed).mean(-1), drawn[name], beyond[name]) for name, f in STATISTICS.items()}
+    limits = _limits(angle, noise, runs, STATISTICS, confidence)
+    out = {name: (f(observed).mean(-1), drawn[name], limits[name]) for name, f in STATISTICS.items()}
     if len(observed) == 1:
         return {**out, "worst_of_mean": out["worst"]}
     mean = observed.mean(0)
     angle, noise = _measured(mean, np.take_along_axis(sampled, runs, 1).mean(1), n)
     worst = STATISTICS["worst"](true(angle, noise, chances[:, 0]))
-    beyond = _beyond(angle[None], noise[:, None], np.zeros_like(runs[:, :1]), {"worst": worst}, confidence)
-    return {**out, "worst_of_mean": (STATISTICS["worst"](mean), worst, beyond["worst"])}
+    limits = _limits(angle[None], noise[:, None], np.zeros_like(runs[:, :1]), ["worst"], confidence)
+    return {**out, "worst_of_mean": (STATISTICS["worst"](mean), worst, limits["worst"])}
 
 
 def summary(
@@ -470,8 +469,9 @@ def summary(
     accuracies lies below the true minimum, the more the more classes are alike; the draws are therefore those of a
     hierarchical model (`true_accuracies`), but for the mean's, and the interval is widened to hold the value where it
     does not. Where classes may lie closer to the worst than the model takes them to, or the worst may be alone, the
-    worst, tail, gap and deviation reach farther (`_beyond`), and so do their differences (`_difference`). With fewer
-    than ten right answers in the worst class, its interval reaches at least as high as that of one class alone, and a
+    worst, tail, gap and deviation reach farther (`_limits`), and so do their differences (`_difference`); of the
+    draws of the worst 94 % are then enough for 95 % (all in proportion to another confidence). With fewer than ten
+    right answers in the worst class, its interval reaches at least as high as that of one class alone, and a
     difference farther on both sides, up to half an image where none is right (5/K of one, K > 10 classes). Simulated
     coverage of the stated 95 % is in benchmarks/coverage.py and tests/test_coverage.py.
     bias: the value minus the mean of those draws, an estimate of how far the noise of the test set takes it off.
@@ -529,20 +529,22 @@ def _summaries(
             least = int((compared.min(1) * n).argmin())
             few, n = max(0, FEW - compared[least].min() * n[least]) * (differ or not others), n[least]
             more = few and few / FEW * min(0.5, 5 / len(images)) / n
-            for k, (value, drawn, beyond) in table.items():
-                scarce = few and k.startswith("worst")  # what is drawn varies too little
+            for k, (value, drawn, limits) in table.items():
+                worst = k.startswith("worst")
+                scarce = few and worst  # what is drawn varies too little
                 if others:
                     m = in_tail(len(images)) if k == "tail" else 1
                     pair = observed[own], observed[: len(others)]
                     if k == "worst_of_mean":
                         pair = [each.mean(0, keepdims=True) for each in pair]
                     same = _same_weakest(*pair, images, m)
-                    low, high = _difference((drawn, beyond), against[k][1:], same, confidence)
+                    low, high = _difference((drawn, limits), against[k][1:], same, confidence)
                     value, drawn = value - against[k][0], drawn - against[k][1]
                     low, high = (max(low - more, -1), min(high + more, 1)) if scarce else (low, high)
                 else:
-                    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-                    low, high = low + np.minimum(0, beyond).sum(), high + np.maximum(0, beyond).sum()
+                    out = (1 - confidence) * (0.6 if worst else 0.5)  # its limits hold some of it
+                    low, high = np.quantile(drawn, [out, 1 - out])
+                    low, high = min(low, limits[:, 0].min()), max(high, limits[:, 1].max())
                     high = min(high, rows["mean"][2]) if k in ("tail", "worst", "worst_of_mean") else high
                     high = max(high, wilson(round(value * n), n, confidence)[1]) if scarce else high
                 rows[k] = value, min(low, value), max(high, value), value - drawn.mean(), own.stop - own.start
