@@ -46,7 +46,7 @@ CASES = {  # class accuracies, or how they are drawn in each simulation; images 
     "drawn from a uniform, 10 of 60": (lambda rng: rng.uniform(0.3, 0.95, 10), 60),
     "drawn from a triangular, 100 of 100": (lambda rng: rng.triangular(0.1, 0.3, 0.95, 100), 100),
 }
-# `stats.summary` was chosen on these cases but for the last two, at other seeds
+# `stats.summary` was chosen on these cases, at other seeds
 SEED, DRAWS = 19, 1000
 
 
