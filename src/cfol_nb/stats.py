@@ -377,7 +377,7 @@ def _limits(
                 break
         for name, s in signs.items():
             falling = np.minimum.accumulate(share[name])[::-1]
-            out[name][i, int(s > 0)] = s * np.interp(1 - confidence, falling, truth[name][::-1])
+            out[name][i, int(s > 0)] = s * np.interp(1 - confidence, falling, truth[name][::-1]) + 0.0  # not -0.0
     return out
 
 
