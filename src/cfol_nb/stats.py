@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy.special import comb, logsumexp, ndtr, ndtri
 from scipy.stats import binomtest
 
 from cfol_nb.evaluate import Outcomes
+from cfol_nb.intervals import intervals
+from cfol_nb.intervals import weakest as weakest_of
 
 
 def last_attack(outcomes: Outcomes) -> str:
@@ -39,7 +40,8 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
 
 
 def class_table(outcomes: Outcomes, attack: str | None = None, *, confidence: float = 0.95) -> pd.DataFrame:
-    """One row per class: class, n, correct, accuracy, low, high (Wilson). attack: by default the last one that was run.
+    """One row per class: class, n, correct, accuracy, low, high (Wilson), weakest (probability that it truly is), and
+    may_be_weakest (the weakest is one of these, with 95 % confidence). attack: by default the last one that was run.
 
     A class without images has accuracy NaN, never 0.
     """
@@ -53,6 +55,7 @@ def class_table(outcomes: Outcomes, attack: str | None = None, *, confidence: fl
             "accuracy": accuracies(outcomes, attack),
             "low": low,
             "high": high,
+            **{name: column.to_numpy() for name, column in _weakest(outcomes, attack).items()},
         }
     )
 
@@ -78,7 +81,6 @@ def in_tail(k: int, share: float = 0.2) -> int:
     return max(1, round(share * k))
 
 
-FEW = 10  # right answers of a class, below which its errors are far from normal
 STATISTICS = {
     "mean": lambda a: np.mean(a, -1),  # of class accuracies: every class counts alike
     "tail": tail,
@@ -87,7 +89,6 @@ STATISTICS = {
     "std": lambda a: np.std(a, -1),  # between classes, population form
     "deviation": lambda a: np.min(a, -1) - np.mean(a, -1),  # Benz et al.'s worst negative deviation
 }
-ALIKE = {"tail": 1, "worst": 1, "gap": -1, "deviation": 1}  # they rise or fall as classes become alike
 
 
 def deviation(accuracy: np.ndarray) -> np.ndarray:
@@ -163,394 +164,66 @@ def _require_images(several: Sequence[Outcomes], attack: str) -> None:
             raise ValueError(f"class {name!r} has no test images: its accuracy, and so the worst one, is unknown")
 
 
-@functools.lru_cache(maxsize=1)  # one table after another is of the same images; 16 kB an image at 2000 draws
-def _weights(labels: bytes, draws: int, seed: int) -> tuple[list[tuple[np.ndarray, ...]], np.random.Generator]:
-    """For each class the weights of its images (draws, n) and of a right and a wrong one (draws, 2); the generator."""
-    rng, out = np.random.default_rng(seed), []
-    for n in np.bincount(np.frombuffer(labels, np.int64)):
-        out.append((rng.standard_exponential((draws, n)), rng.standard_gamma(0.5, (draws, 2))))
-    return out, rng
-
-
-def _resampled(
-    several: Sequence[Outcomes], attack: str, draws: int, seed: int
-) -> tuple[np.ndarray, np.random.Generator]:
-    """(draws, S, K) class accuracies with images reweighted within each class, alike in all S runs; and a generator for
-    what else is drawn.
-
-    The Bayesian bootstrap (Rubin 1981) with Jeffreys' prior: half an image that is right and half one that is wrong, so
-    that a class without a single success is not taken for certain.
-    """
-    labels = several[0].labels
-    _require_images(several, attack)
-    right = np.stack([o.correct(attack) for o in several])
-    weights, rng = _weights(labels.astype(np.int64).tobytes(), draws, seed)
-    out = np.empty((draws, len(several), len(weights)))
-    for c, (weight, prior) in enumerate(weights):
-        total = weight.sum(1, keepdims=True) + prior.sum(1, keepdims=True)
-        out[:, :, c] = (weight @ right[:, labels == c].T + prior[:, :1]) / total
-    return out, copy.deepcopy(rng)
-
-
-def _angle(accuracy: np.ndarray) -> np.ndarray:
-    """asin(sqrt(a)), on which an accuracy over n images has variance 1 / (4 n) wherever it lies."""
-    return np.arcsin(np.sqrt(np.clip(accuracy, 0, 1)))
-
-
-def _spreads(size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(G, 1) spreads that a population may have, and their prior: exactly equal classes count as much as two factors of
-    e in the spread."""
-    typical = np.sqrt(np.mean(size**2))
-    steps = np.geomspace(0.2, 1.5 / typical, 100)
-    return typical * np.r_[0, steps][:, None], np.r_[2, np.full(len(steps), np.log(steps[1] / steps[0]))]
-
-
-def populations(angle: np.ndarray, size: np.ndarray) -> list[np.ndarray]:
-    """Indices of the classes of each population, in the order of their angles (K,), measured with noise of this size
-    (K,). One, unless a cut between neighbours makes two e^2 times likelier, and so on.
-
-    Likelier: by the marginal likelihood, with the centre of a population anywhere, its spread as in `_spreads`, and all
-    choices of as many classes as likely as each other.
-    """
-    order, k = np.argsort(angle), len(angle)
-    if k == 1:
-        return [order]
-    y, (spread, prior) = angle[order], _spreads(size)
-    weight = 1 / (size[order] ** 2 + spread**2)
-    below = np.stack([np.log(weight), weight, weight * y, weight * y**2]).cumsum(-1)
-    whole, below = below[..., -1:], below[..., :-1]
-
-    def evidence(sums: np.ndarray) -> np.ndarray:
-        logs, w, wy, wyy = sums
-        return logsumexp((logs - np.log(w) - wyy + wy**2 / w) / 2, axis=0, b=prior[:, None] / prior.sum())
-
-    chosen = np.log(8 / np.pi) / 2 - np.log((k - 1) * comb(k, np.arange(1, k)))  # a second centre, and which classes
-    gain = evidence(below) + evidence(whole - below) - evidence(whole) + chosen
-    if gain.max() <= 2:
-        return [order]
-    cut = gain.argmax() + 1
-    return [part[i] for part in (order[:cut], order[cut:]) for i in populations(angle[part], size[part])]
-
-
-def true_accuracies(angle: np.ndarray, size: np.ndarray, noise: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """(D, K) draws of true class accuracies, given that the classes are a sample of a normal population, or of several
-    where some stand clearly apart (`populations`).
-
-    angle: (K,) measured; size: (K,) standard deviation of their noise; noise: (D, K) draws of it; chance: (D, 1 + K)
-    standard normal, for the spread of a population (the quantile of its posterior) and for what stays unknown of each
-    class.
-
-    A measured accuracy moves towards the mean of its population, the further the noisier it is, so that the draws are
-    spread as true accuracies are, not as measured ones. Beyond the noise the spread is uniform in its square a priori,
-    which makes intervals that hold (Morris and Tang 2011), below it in its logarithm.
-    """
-    out = angle + noise
-    for own in populations(angle, size):
-        if len(own) > 1:
-            out[:, own] = _drawn(angle[own], size[own], noise[:, own], chance[:, [0, *(own + 1)]])
-    return np.sin(out) ** 2
-
-
-def _drawn(angle: np.ndarray, size: np.ndarray, noise: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """`true_accuracies` as angles, of one population."""
-    spread, prior = _spreads(size)
-    weight = 1 / (size**2 + spread**2)
-    total = weight.sum(1, keepdims=True)
-    fit = (np.log(weight) - weight * (angle - weight @ angle[:, None] / total) ** 2).sum(1) - np.log(total[:, 0])
-    beyond = np.maximum((spread[:, 0] / np.sqrt(np.mean(size**2))) ** 2, 1)
-    posterior = np.cumsum(prior * beyond * np.exp((fit - fit.max()) / 2))
-    i = np.searchsorted(posterior, ndtr(chance[:, 0]) * posterior[-1])
-    weight, kept = (weight / total)[i], (spread**2 * weight)[i]
-
-    def centre(x: np.ndarray) -> np.ndarray:
-        return (weight * x).sum(1, keepdims=True)
-
-    seen, unknown = angle + noise, size * chance[:, 1:]
-    middle = centre(seen)
-    return middle + kept * (seen - middle) + np.sqrt(kept * (1 - kept)) * (unknown - centre(unknown))
-
-
-def _measured(accuracy: np.ndarray, drawn: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Angles of (S, K) accuracies over n images (K,) and draws (D, S, K) of their noise."""
-    noise = _angle(drawn)
-    noise = (noise - noise.mean(0)) * np.sqrt((n + 2) / n)  # with the prior's image there are n + 1 for n
-    return _angle((accuracy * n + 0.375) / (n + 0.75)), noise  # Anscombe 1948
-
-
-def _alike(angle: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """(S, S) correlation of the true angles of runs, of which (S, K) were measured with noise (D, S, K).
-
-    Covariances over the classes of a population, those of the noise taken off (Spearman 1904). Where the spread is not
-    clearly beyond the noise nothing is known of it. What is missing there to three halves of the noise's variance
-    counts as alike only in runs whose answers are: as the fourth power of the correlation of their noise. Little
-    correlation is the cautious side, as it makes differences wider.
-    """
-    angle, noise = angle.copy(), noise.copy()
-    for seen, drawn, size in zip(angle, noise.swapaxes(0, 1), noise.std(0), strict=True):
-        for own in populations(seen, size):
-            seen[own] -= seen[own].mean()
-            drawn[:, own] -= drawn[:, own].mean(1, keepdims=True)
-    random = np.einsum("dik, djk -> ij", noise, noise) / len(noise)
-    true = angle @ angle.T - random
-    size = np.maximum(np.maximum(np.diag(true), 1.5 * np.diag(random)), 1e-12)
-    missing = np.sqrt(size - np.diag(true))
-    shared = random / np.sqrt(np.multiply.outer(*2 * [np.diag(random).clip(1e-12)]))
-    return (true + shared**4 * np.multiply.outer(missing, missing)) / np.sqrt(np.multiply.outer(size, size))
-
-
-def _root(alike: np.ndarray) -> np.ndarray:
-    """Lower triangle that makes independent samples as correlated as (S, S), as Cholesky's, and where that is
-    impossible as nearly so, the first ones first."""
-    root = np.eye(len(alike))
-    for i in range(1, len(alike)):
-        left = 1.0
-        for j in range(i):
-            wanted = (alike[i, j] - root[i, :j] @ root[j, :j]) / root[j, j]
-            root[i, j] = np.clip(wanted, -np.sqrt(left), np.sqrt(left))
-            left = max(left - root[i, j] ** 2, 1e-9)
-        root[i, i] = np.sqrt(left)
-    return root
-
-
-def _chances(alike: np.ndarray, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """(D, S, 1 + K) for `true_accuracies`, so that the like errors of like runs cancel in a difference; shape: (D, K).
-
-    What stays unknown of a class is correlated between two runs as their true accuracies are (`_alike`), and the
-    spreads with its square, as those of two correlated normal samples are.
-    """
-    draws, k = shape
-    chance = rng.standard_normal((len(alike), draws, 1 + k))
-    chance[..., 0] = _root(alike**2) @ chance[..., 0]
-    chance[..., 1:] = np.tensordot(_root(alike), chance[..., 1:], 1)
-    return chance.swapaxes(0, 1)
-
-
-def _limits(
-    angle: np.ndarray, noise: np.ndarray, runs: np.ndarray, names: Iterable[str], confidence: float
-) -> dict[str, np.ndarray]:
-    """(2, 2) how low and how high each statistic may lie if the classes are more alike than measured, and if one stands
-    apart; infinite, the other way round, where this says nothing.
-
-    The classes of a normal population go on thinning out below the worst one. True ones may end at it, many close to
-    each other, and the lowest of so many measured ones lies far below them all; or one that is alone may lie so close
-    to the others that it is taken for one of them. Inference for a minimum asks which classes may be the lowest
-    (Chernozhukov, Lee and Rosen 2013); here by two tests without a population. Truths in question: (1) classes as
-    measured (S, K), moved outwards by half the standard error, but cut off at both ends alike, so that those beyond
-    the cut are equal, and none of them surely below it (Bonferroni); (2) classes as measured but for one of each run,
-    or for as many as the tail is of, which are lower: those whose accuracies' lower ends are the lowest. The further
-    the cut, or the lower those classes, the fewer draws of the noise (D, S, K) lead as far out, or keep the statistic
-    and those classes as far in, as what was measured; a truth is refused where at most 1 - confidence do.
-    """
-    size, ends = noise.std(0), (angle.min(-1, keepdims=True), angle.max(-1, keepdims=True))
-    step = np.median(size, -1, keepdims=True)
-    top = (angle + ndtri(1 - (1 - confidence) / angle.shape[-1]) * size).min(-1, keepdims=True)
-    outward = angle + np.sign(angle - angle.mean(-1, keepdims=True)) * size / 2
-    lowest = (angle - ndtri(confidence) * size).argsort(-1)
-
-    def alike(far: float) -> np.ndarray:
-        low = np.minimum(ends[0] + far * step, top)
-        return np.clip(outward, low, np.maximum(ends[1] - far * step, low))
-
-    def apart(far: float, least: np.ndarray) -> np.ndarray:
-        true = angle.copy()
-        lower = np.take_along_axis(angle - far * size / np.sqrt(least.shape[-1]), least, -1)
-        np.put_along_axis(true, least, np.maximum(lower, 0), -1)
-        return true
-
-    out = {name: np.tile([np.inf, -np.inf], (2, 1)) for name in names}
-    moved = {name: in_tail(angle.shape[-1]) if name == "tail" else 1 for name in out if name in ALIKE}
-    for m in sorted({0, *moved.values()}):  # so many classes apart; 0: all alike
-        i, sign, least = (1, -1, lowest[:, :m]) if m else (0, 1, None)
-        signs = {name: sign * ALIKE[name] for name, own in moved.items() if m in (0, own)}
-        seen = {name: s * STATISTICS[name](np.sin(angle) ** 2).mean() for name, s in signs.items()}
-        truth, share = {name: [] for name in signs}, {name: [] for name in signs}
-        for far in np.linspace(0, 6, 31):
-            true, near = apart(far, least) if m else alike(far), True
-            measured = np.take_along_axis(np.sin(true + noise) ** 2, runs, 1)
-            if m:
-                own = np.take_along_axis(np.take_along_axis(true + noise, least[None], -1), runs, 1)
-                near = own.mean((1, 2)) >= np.take_along_axis(angle, least, -1).mean()
-            for name, s in signs.items():
-                truth[name].append(s * STATISTICS[name](np.sin(true) ** 2).mean())
-                share[name].append(np.mean((s * STATISTICS[name](measured).mean(-1) <= seen[name]) & near))
-            if all(v[-1] <= 1 - confidence for v in share.values()):
-                break
-        for name, s in signs.items():
-            falling = np.minimum.accumulate(share[name])[::-1]
-            out[name][i, int(s > 0)] = s * np.interp(1 - confidence, falling, truth[name][::-1]) + 0.0  # not -0.0
-    return out
-
-
-def _same_weakest(a: np.ndarray, b: np.ndarray, n: np.ndarray, m: int) -> float:
-    """Share of the m weakest classes that two lists of runs (S, K) have in common, run by run; less, by the images (K,)
-    of the rarest of them to the median, where one is rare: its noise alone can make it one of the weakest of both."""
-    told = np.minimum(1, n / np.median(n))
-    lowest = (x.argsort(-1, kind="stable")[:, :m] for x in (a, b))
-    return float(np.mean([told[np.union1d(x, y)].min() * np.isin(x, y) for x, y in zip(*lowest, strict=True)]))
-
-
-def _difference(
-    own: tuple[np.ndarray, np.ndarray], base: tuple[np.ndarray, np.ndarray], same: float, confidence: float
-) -> tuple[float, float]:
-    """low, high of the difference of two statistics, each given as its draws (D,) and its `_limits`; same: the
-    share of classes that are the weakest in both (`_same_weakest`).
-
-    Quantiles of the differences of the draws, and farther as an interval does that is made of two (MOVER; Zou and
-    Donner 2008): the square of its arm is a^2 + b^2 - 2 r a b, where a and b are the arms of the two that lead there,
-    and r is the correlation of their draws. What is beyond the draws makes a and b longer. What lies there on both
-    sides because their classes are more alike than measured cancels; because one stands apart, a share of r. Of what
-    remains of the latter the same share cancels where it is the same class in both: it is hardly apart in one alone.
-    """
-    tails = [(1 - confidence) / 2, 0.5, (1 + confidence) / 2]
-    noise = np.stack([x - x.mean() for x, _ in (own, base)])
-    (a, product), (_, b) = noise @ noise.T
-    r = round(product / np.sqrt(max(a * b, 1e-300)), 9)  # 1 for the same draws
-    ends = [np.quantile(drawn, tails) for drawn, _ in (own, base)]
-    beyond = [np.maximum(0, (reach - at[[0, 2]]) * [-1, 1]) for at, (_, reach) in zip(ends, (own, base), strict=True)]
-    shared = np.minimum(*beyond) * [[1], [max(r, 0)]]
-    arms = [np.diff(at) for at in ends]
-    longer = [
-        arm + ((far - shared) * [[1], [1 - same * max(r, 0)]]).sum(0) for arm, far in zip(arms, beyond, strict=True)
-    ]
-    before, after = (a**2 + b[::-1] ** 2 - 2 * r * a * b[::-1] for a, b in (arms, longer))
-    low, middle, high = np.quantile(own[0] - base[0], tails)
-    arm = np.sqrt(np.array([middle - low, high - middle]) ** 2 + np.maximum(after - before, 0))
-    return max(middle - arm[0], -1), min(middle + arm[1], 1)
-
-
-def _statistics(
-    observed: np.ndarray,
-    sampled: np.ndarray,
-    n: np.ndarray,
-    runs: np.ndarray,
-    chances: np.ndarray,
-    confidence: float,
-) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Each statistic of (S, K) accuracies, draws of what it truly is, and its `_limits`."""
-
-    def true(angle: np.ndarray, noise: np.ndarray, chance: np.ndarray) -> np.ndarray:
-        return true_accuracies(angle, noise.std(0), noise, chance)
-
-    angle, noise = _measured(observed, sampled, n)
-    each = np.stack([true(a, noise[:, i], chances[:, i]) for i, a in enumerate(angle)], 1)
-    each = np.take_along_axis(each, runs, 1)
-    drawn = {name: f(each).mean(-1) for name, f in STATISTICS.items()}
-    unmoved = observed + (sampled - sampled.mean(0)) * np.sqrt((n + 2) / n)  # nothing is chosen in a mean
-    drawn["mean"] = np.take_along_axis(unmoved, runs, 1).mean((1, 2)).clip(0, 1)
-    limits = _limits(angle, noise, runs, STATISTICS, confidence)
-    out = {name: (f(observed).mean(-1), drawn[name], limits[name]) for name, f in STATISTICS.items()}
-    if len(observed) == 1:
-        return {**out, "worst_of_mean": out["worst"]}
-    mean = observed.mean(0)
-    angle, noise = _measured(mean, np.take_along_axis(sampled, runs, 1).mean(1), n)
-    worst = STATISTICS["worst"](true(angle, noise, chances[:, 0]))
-    limits = _limits(angle[None], noise[:, None], np.zeros_like(runs[:, :1]), ["worst"], confidence)
-    return {**out, "worst_of_mean": (STATISTICS["worst"](mean), worst, limits["worst"])}
-
-
 def summary(
     several: Outcomes | Sequence[Outcomes],
     attack: str | None = None,
     *,
     versus: Outcomes | Sequence[Outcomes] | None = None,
     confidence: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
+    of: Literal["these runs", "any run"] | None = None,
 ) -> pd.DataFrame:
-    """One row per statistic over one or more runs on the same test images: value, low, high, bias, seeds.
+    """One row per statistic over one or more runs on the same test images: value, low, high, seeds, of.
 
-    Rows: mean, tail (worst 20 % of classes), worst, gap, std, deviation (worst minus mean), each computed per run and
+    Rows: mean, tail (worst 20 % of classes), worst, gap, deviation (worst minus mean), std, each computed per run and
     then averaged over runs, so that "worst" is *the mean of the per-seed minima*; and "worst_of_mean", *the minimum of
     the seed averages*.
     versus: other runs on the same images; the rows are then differences, run by run (as many runs are needed), and
-    their intervals are the narrower ones of a paired comparison.
+    their intervals are the narrower ones of a paired comparison. A run does not differ from itself.
 
-    low, high: bootstrap over images (within classes) and runs, of what the statistic truly is. The minimum of noisy
-    accuracies lies below the true minimum, the more the more classes are alike; the draws are therefore those of a
-    hierarchical model (`true_accuracies`), but for the mean's, and the interval is widened to hold the value where it
-    does not. Where classes may lie closer to the worst than the model takes them to, or the worst may be alone, the
-    worst, tail, gap and deviation reach farther (`_limits`), and so do their differences (`_difference`); of the
-    draws of the worst 94 % are then enough for 95 % (all in proportion to another confidence). With fewer than ten
-    right answers in the worst class, its interval reaches at least as high as that of one class alone, and a
-    difference farther on both sides, up to half an image where none is right (5/K of one, K > 10 classes). Simulated
-    coverage of the stated 95 % is in benchmarks/coverage.py and tests/test_coverage.py.
-    bias: the value minus the mean of those draws, an estimate of how far the noise of the test set takes it off.
+    low, high: the furthest truths that a test does not refuse (`cfol_nb.intervals`, docs/intervals.md). of: what the
+    interval covers: "these runs" on other images, or "any run" of this kind on other images, by default if there are at
+    least three; "worst_of_mean" is always of these runs. Raises ValueError for classes without images, other images in
+    versus, and "any run" of a single one.
     """
-    return _summaries({"": several}, attack, versus, confidence, draws, seed)[""]
-
-
-def _summaries(
-    groups: Mapping[str, Outcomes | Sequence[Outcomes]],
-    attack: str | None = None,
-    versus: Outcomes | Sequence[Outcomes] | None = None,
-    confidence: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
-) -> dict[str, pd.DataFrame]:
-    """`summary` of each group; the images, and so the costly draws, are the same for many groups."""
-    groups = {label: _listed(several) for label, several in groups.items()}
-    others, alike, tables = [] if versus is None else _listed(versus), {}, {}
+    several, others = _listed(several), [] if versus is None else _listed(versus)
+    if not several:
+        raise ValueError("there are no outcomes to say something of")
+    attack = attack or last_attack(several[0])
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: between 0 and 1, as 0.95")
-    for label, several in groups.items():
-        if not several:
-            raise ValueError("there are no outcomes to say something of")
-        if others and len(others) != len(several):
-            raise ValueError(
-                f"{len(several)} runs versus {len(others)}: the same number is needed to compare run by run"
-            )
-        _same_images([*several, *others])
-        key = attack or last_attack(several[0]), several[0].labels.tobytes(), several[0].class_names
-        alike.setdefault(key, []).append(label)
-    for (name, *_), labels in alike.items():
-        every = [*others, *(o for label in labels for o in groups[label])]
-        images = counts(every[0], name)[1]
-        observed = np.stack([accuracies(o, name) for o in every])
-        (sampled, rng), at = _resampled(every, name, draws, seed), len(others)
+    if others and len(others) != len(several):
+        raise ValueError(f"{len(several)} runs versus {len(others)}: the same number is needed to compare run by run")
+    if of not in (None, "these runs", "any run") or (of == "any run" and len(several) == 1):
+        raise ValueError(f"of={of!r}: 'these runs' or, of at least two, 'any run'")
+    any_run = of == "any run" or (of is None and len(several) > 2)
+    _require_images([*several, *others], attack)
+    labels, m = several[0].labels, in_tail(len(several[0].class_names))
+    right = [np.stack([o.correct(attack) for o in runs]) if runs else None for runs in (several, others)]
+    how = {"tail": m, "confidence": confidence}
+    rows = intervals(right[0], labels, right[1], any_run=any_run, **how)
+    rows["worst_of_mean"] = rows["worst"]
+    if len(several) > 1:
+        mean = [r if r is None else r.mean(0, keepdims=True) for r in right]
+        rows["worst_of_mean"] = intervals(mean[0], labels, mean[1], **how)["worst"]
+    table = pd.DataFrame.from_dict(rows, "index", columns=["value", "low", "high"]).rename_axis("statistic")
+    table["seeds"], table["of"] = len(several), "any run" if any_run else "these runs"
+    table.loc["worst_of_mean", "of"] = "these runs"
+    if others and all(a is b for a, b in zip(several, others, strict=True)):
+        table[["value", "low", "high"]] = 0.0
+    return table
 
-        def parts(own: slice, at=at, rng=rng, images=images, observed=observed, sampled=sampled) -> dict:
-            n, beside = own.stop - own.start, min(at, own.start)  # the chances of the others do not depend on the own
-            runs = copy.deepcopy(rng).integers(n, size=(draws, n, 1))
-            both = [*range(beside), *range(own.start, own.stop)]
-            alike = _alike(*_measured(observed[both], sampled[:, both], images))
-            chances = _chances(alike, (draws, len(images)), copy.deepcopy(rng))[:, beside:]
-            return _statistics(observed[own], sampled[:, own], images, runs, chances, confidence)
 
-        base = parts(slice(0, at)) if others else {}
-        for label in labels:
-            own = slice(at, at := at + len(groups[label]))
-            table = parts(own)
-            differ = any(
-                (a.correct(name) != b.correct(name)).any() for a, b in zip(groups[label], others, strict=False)
-            )
-            against = base if differ else table  # runs with the same answers differ by exactly 0
-            compared, rows = observed[[*range(len(others)), *range(own.start, own.stop)]], {}
-            n = images[compared.argmin(1)]  # of the worst class of each run
-            least = int((compared.min(1) * n).argmin())
-            few, n = max(0, FEW - compared[least].min() * n[least]) * (differ or not others), n[least]
-            more = few and few / FEW * min(0.5, 5 / len(images)) / n
-            for k, (value, drawn, limits) in table.items():
-                worst = k.startswith("worst")
-                scarce = few and worst  # what is drawn varies too little
-                if others:
-                    m = in_tail(len(images)) if k == "tail" else 1
-                    pair = observed[own], observed[: len(others)]
-                    if k == "worst_of_mean":
-                        pair = [each.mean(0, keepdims=True) for each in pair]
-                    same = _same_weakest(*pair, images, m)
-                    low, high = _difference((drawn, limits), against[k][1:], same, confidence)
-                    value, drawn = value - against[k][0], drawn - against[k][1]
-                    low, high = (max(low - more, -1), min(high + more, 1)) if scarce else (low, high)
-                else:
-                    out = (1 - confidence) * (0.6 if worst else 0.5)  # its limits hold some of it
-                    low, high = np.quantile(drawn, [out, 1 - out])
-                    low, high = min(low, limits[:, 0].min()), max(high, limits[:, 1].max())
-                    high = min(high, rows["mean"][2]) if k in ("tail", "worst", "worst_of_mean") else high
-                    high = max(high, wilson(round(value * n), n, confidence)[1]) if scarce else high
-                rows[k] = value, min(low, value), max(high, value), value - drawn.mean(), own.stop - own.start
-            columns = ["value", "low", "high", "bias", "seeds"]
-            tables[label] = pd.DataFrame.from_dict(rows, "index", columns=columns).rename_axis("statistic")
-    return tables
+def _resampled(several: Sequence[Outcomes], attack: str, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """(draws, S, K) class accuracies with images reweighted within each class, alike in all S runs: the Bayesian
+    bootstrap (Rubin 1981) with half an image that is right and half one that is wrong (Jeffreys)."""
+    _require_images(several, attack)
+    labels, right = several[0].labels, np.stack([o.correct(attack) for o in several])
+    out = np.empty((draws, len(several), labels.max() + 1))
+    for c in range(out.shape[2]):
+        weight, prior = rng.standard_exponential((draws, (labels == c).sum())), rng.standard_gamma(0.5, (draws, 2))
+        total = weight.sum(1, keepdims=True) + prior.sum(1, keepdims=True)
+        out[:, :, c] = (weight @ right[:, labels == c].T + prior[:, :1]) / total
+    return out
 
 
 def cosines(
@@ -574,7 +247,8 @@ def cosines(
     every = [o for several in groups.values() for o in several]
     _same_images(every)
     attack = attack or last_attack(every[0])
-    (sampled, rng), start, seen, drawn = _resampled(every, attack, draws, seed), 0, {}, {}
+    rng = np.random.default_rng(seed)
+    sampled, start, seen, drawn = _resampled(every, attack, draws, rng), 0, {}, {}
     for label, several in groups.items():
         runs = start + rng.integers(len(several), size=(draws, len(several), 1))
         seen[label] = deviation(np.mean([accuracies(o, attack) for o in several], 0))
@@ -614,21 +288,22 @@ def discrepancy(
     }
 
 
-def chance_weakest(
-    outcomes: Outcomes | Sequence[Outcomes], attack: str | None = None, *, draws: int = 10_000, seed: int = 0
-) -> pd.Series:
-    """Per class the probability that it is truly the weakest: its share of bootstrap draws in which it is (they add up
-    to 1). Images are resampled, runs averaged; a class in doubt with others shares the probability with them."""
+def chance_weakest(outcomes: Outcomes | Sequence[Outcomes], attack: str | None = None) -> pd.Series:
+    """Per class the probability that it is truly the weakest, averaged over runs (they add up to 1; NaN for a class
+    without images): see `intervals.weakest`. A class in doubt with others shares the probability with them."""
+    return _weakest(outcomes, attack)["weakest"]
+
+
+def _weakest(outcomes: Outcomes | Sequence[Outcomes], attack: str | None = None) -> pd.DataFrame:
+    """weakest (probability) and may_be_weakest of each class."""
     several = _listed(outcomes)
-    attack, rng, sampled = attack or last_attack(several[0]), np.random.default_rng(seed), []
-    _require_images(several, attack)
-    right = np.mean([o.correct(attack) for o in several], 0)
-    for c in range(len(several[0].class_names)):  # images of as many right runs weigh as much as one gamma variable
-        share, images = np.unique(right[several[0].labels == c], return_counts=True)
-        weight = rng.standard_gamma(np.r_[images, 0.5, 0.5], (draws, len(images) + 2))
-        sampled.append(weight @ np.r_[share, 1, 0] / weight.sum(1))
-    share = np.bincount(np.argmin(sampled, 0), minlength=len(sampled)) / draws
-    return pd.Series(share, several[0].class_names, name="weakest")
+    attack = attack or last_attack(several[0])
+    _same_images(several)
+    present, labels = np.unique(several[0].labels, return_inverse=True)
+    share, may = weakest_of(np.mean([o.correct(attack) for o in several], 0), labels)
+    names = [several[0].class_names[c] for c in present]
+    found = pd.DataFrame({"weakest": share, "may_be_weakest": may}, names).reindex(list(several[0].class_names))
+    return found.assign(may_be_weakest=found["may_be_weakest"].fillna(False).astype(bool))
 
 
 def weakest(outcomes: Outcomes | Sequence[Outcomes], attack: str | None = None) -> str:
@@ -658,7 +333,7 @@ def stated(
     """Text table: a row per group, the statistics of `summary` as 'per cent [95 % interval]'; versus: paired
     differences from these runs, with their sign."""
     sign = "" if versus is None else "+"
-    tables = _summaries(groups, attack, versus)
+    tables = {label: summary(several, attack, versus=versus) for label, several in groups.items()}
     return pd.DataFrame.from_dict(
         {label: {name: interval(t.loc[name], sign) for name in statistics} for label, t in tables.items()},
         orient="index",
@@ -675,26 +350,22 @@ def headline(groups: Mapping[str, Sequence[Outcomes]], attack: str | None = None
 # -- two runs ----------------------------------------------------------------------------------------------------------
 
 
-def lift(
-    after: Sequence[Outcomes], before: Sequence[Outcomes], name: str, attack: str | None = None, *, draws: int = 2000
-) -> pd.Series:
+def lift(after: Sequence[Outcomes], before: Sequence[Outcomes], name: str, attack: str | None = None) -> pd.Series:
     """What the class `name` gained from one list of runs to the other, whose other classes may differ: before, after,
-    difference, low, high (95 % bootstrap over the images of the class and over the runs of each list; where no image
-    changed, half an image that only one list gets right, for each, keeps it from certainty)."""
+    difference, low, high (95 %; of any run where both lists have as many, at least three, else of these runs)."""
     right = []
-    for several in (before, after):
+    for several in (after, before):
         which = attack or last_attack(several[0])
         right.append(np.stack([o.correct(which)[o.labels == o.class_names.index(name)] for o in several]))
-    if right[0].shape[1] != right[1].shape[1]:
-        raise ValueError(f"class {name!r} has {right[0].shape[1]} images before and {right[1].shape[1]} after")
-    rng, n = np.random.default_rng(0), right[0].shape[1]
-    weight = rng.dirichlet([*np.ones(n), 0.5, 0.5], draws)
-    known = [np.pad(r, ((0, 0), (0, 2)), constant_values=True) for r in right]
-    known[0][:, n], known[1][:, n + 1] = False, False
-    each = [np.take_along_axis(weight @ r.T, rng.integers(len(r), size=(draws, len(r))), 1).mean(1) for r in known]
-    low, high = np.quantile(each[1] - each[0], [0.025, 0.975])
-    was, now = (float(r.mean()) for r in right)
-    return pd.Series({"before": was, "after": now, "difference": now - was, "low": low, "high": high}, name=name)
+    now, was = right
+    if now.shape[1] != was.shape[1]:
+        raise ValueError(f"class {name!r} has {was.shape[1]} images before and {now.shape[1]} after")
+    any_run = len(now) == len(was) > 2
+    if not any_run:
+        now, was = (r.mean(0, keepdims=True) for r in (now, was))
+    difference, low, high = intervals(now, np.zeros(now.shape[1], int), was, tail=1, any_run=any_run)["mean"]
+    values = {"before": was.mean(), "after": now.mean(), "difference": difference, "low": low, "high": high}
+    return pd.Series(values, name=name, dtype=float)
 
 
 def holm(p: np.ndarray) -> np.ndarray:
