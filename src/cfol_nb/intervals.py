@@ -218,8 +218,8 @@ def spread(seen: Seen, run: int, sign: int) -> tuple[np.ndarray, np.ndarray, flo
         return weights, noise, 1.0, 0.0
     v = np.where(away > 0, seen.off[sign][run], seen.off[-sign][run]) ** 2
     centre = np.eye(k) - 1 / k
-    size, axes = np.linalg.eigh(centre * v @ centre)
-    size, axes = size[1:], axes[:, 1:]  # the first is that of all classes together
+    size, axes = np.linalg.eigh(centre * v @ centre + 2 * v.max() / k)
+    size, axes = size[:-1], axes[:, :-1]  # the last is of all classes together
     y = axes.T @ away
     y[-1] += 1e-9 * (1 if y[-1] >= 0 else -1)
 
