@@ -511,7 +511,7 @@ def compute(
     for config in configs:
         check(config)
     folders = {c.key(): folder_of(c) for c in configs}
-    missing = {k: c for c in configs if recompute or not current(folders[k := c.key()], c)}
+    missing = {c.key(): c for c in configs if recompute or not current(folders[c.key()], c)}
     before = {k: _made(folders[k]) for k in missing}
     if stale := [] if recompute else [folders[k].name for k, made in before.items() if made]:
         warnings.warn(
