@@ -338,7 +338,7 @@ def test_damaged_runs_are_refused_and_others_are_untouched(tiny):
     for broken in ("{}", "[]", text.replace('"optimizer"', '"optimizr"'), json.dumps(other)):
         assert broken != text
         (a.folder / "run.json").write_text(broken)
-        with pytest.raises(Corrupt, match=r"run\.json was changed"):
+        with pytest.raises(Corrupt, match=r"run\.json (was changed|carries no digest)"):
             compute([tiny(seed=0)])
     (a.folder / "run.json").write_text(text)
     assert digest(b.folder) == before
@@ -383,11 +383,13 @@ def test_equal_tensors_make_equal_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_runs_of_other_code_are_named(tiny, monkeypatch):
-    compute([tiny()])
-    monkeypatch.setattr(runs, "code_hash", lambda: "other")
-    with pytest.warns(UserWarning, match="computed by other code"):
-        compute([tiny()])
+def test_runs_of_other_code_are_named_and_computed_anew(tiny, monkeypatch):
+    (old,) = compute([tiny()])
+    monkeypatch.setattr(runs, "code_of", lambda config: "other")
+    with pytest.warns(UserWarning, match="1 stored runs were computed by other code"):
+        (new,) = compute([tiny()])
+    assert (old.provenance["code"], new.provenance["code"]) == (runs.code_hash(), "other")
+    assert digest(new.folder) == digest(old.folder)
 
 
 def test_a_folder_name_says_what_is_inside(tiny):

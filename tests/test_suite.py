@@ -51,7 +51,7 @@ def test_publishes_integer_counts_and_goes_on_where_it_stopped(tmp_path):
     for run in both:
         kept = json.loads((tmp_path / f"{run.folder.name}.json").read_text())
         stored = {"config", "classes", "n", "correct", "selected_epoch", "history"}
-        assert set(kept) == stored | {"outcomes", "provenance", "seconds_per_epoch"}
+        assert set(kept) == stored | {"outcomes", "provenance", "seconds_per_epoch", "sha256"}
         assert set(kept["correct"]) == {"last", "selected", "ema"}
         assert kept["correct"]["ema"]["pgd20"] == [
             int((run.outcomes["ema"].correct("pgd20") & (run.outcomes["ema"].labels == c)).sum()) for c in range(10)
@@ -91,7 +91,7 @@ def test_no_run_is_started_that_the_time_left_cannot_hold(tmp_path, monkeypatch)
     monkeypatch.setattr(suite, "estimate", lambda config: 100.0)
     plain = suite.compute
 
-    def slow(configs):
+    def slow(configs, **_):
         started.append(configs[0].method["name"])
         now[0] += 130
         return plain(configs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import math
@@ -26,9 +27,9 @@ from cfol_nb.checks import COLUMNS, PASSES, black_box_check, checklist, said, sh
 from cfol_nb.config import Attack, AutoAttack, choose
 from cfol_nb.data import ImageSet
 from cfol_nb.evaluate import Outcomes, evaluate
-from cfol_nb.files import bar, read_tensors, runs_dir, write_tensors
+from cfol_nb.files import Corrupt, bar, read_tensors, runs_dir, write_tensors
 from cfol_nb.models import Normalize
-from cfol_nb.runs import Run
+from cfol_nb.runs import Run, same_images
 
 NORMS = {"linf": "L-inf", "l2": "L2"}
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the radius, in the sweep
@@ -49,13 +50,23 @@ def _stored(source: str) -> tuple[Run, str]:
 def unseen(source: str, dataset: str, image_size: int | None = None) -> ImageSet:
     """The images on which a model may be judged, `source` and `dataset` named as for `load_model` and `data.load`: the
     test split. A single folder has none: all of it. A stored run may have seen a part of that: it is judged on what its
-    own split kept for testing, in its image size and without the classes it was trained without.
+    own split kept for testing, in its image size and without the classes it was trained without. Raises ValueError if
+    the run's own folder of images is no longer as it was: what the run has seen is then not known.
     """
     if not source.startswith("run:"):
         return data.load(dataset, image_size=image_size, split_seed=None).test
-    own = _stored(source)[0].config
+    run = _stored(source)[0]
+    own, kept = run.config, run.provenance["data"]
+    same = dataset == own.dataset or (kept and data.fingerprint(dataset) == kept)
+    if kept and dataset.startswith("imagefolder:"):
+        with contextlib.suppress(FileNotFoundError):  # the run's own, by another path
+            same = same or data._find(dataset) == data._find(own.dataset)
+    if same:
+        same_images(dataset, kept)
     test = data.load(dataset, image_size=image_size or own.image_size, split_seed=own.split_seed).test
-    return data.leave_out(test, own.without if dataset == own.dataset else ())
+    if same:
+        same_images(dataset, kept)
+    return data.leave_out(test, own.without if same else ())
 
 
 def load_model(source: str, weights: Path | None, num_classes: int, channels: int) -> nn.Module:
@@ -441,6 +452,8 @@ def audit(
         state = folder and Path(folder) / f"pgd-{e.identity}.safetensors"
         predicted, first, kept = torch.full_like(labels, -1), torch.empty(len(labels)), {}
         if state and state.exists() and e.says((before := read_tensors(state))[0]):
+            if before[1].get("of") != e.identity:
+                raise Corrupt(f"{state} is of another audit; delete it to make it anew")
             predicted, first, kept = before[0]["pgd20"], before[0]["first"], before[1]
         order, spent, note = interleaved(labels, seed), e.seconds, ""
         timed, checks = _Timed(model, deadline), pd.DataFrame(columns=COLUMNS)
@@ -454,7 +467,7 @@ def audit(
                 first[rows] = _sweep(timed, x, y, eps, norm)
                 predicted[rows] = torch.from_numpy(found.predictions["pgd20"])
                 if state:
-                    write_tensors(state, {"pgd20": predicted, "first": first, **e.computed})
+                    write_tensors(state, {"pgd20": predicted, "first": first, **e.computed}, {"of": e.identity})
                 upto(0.1 * (predicted >= 0).double().mean().item())
             # a fifth of the time that is left, if 20 images may take it
             many = min(200, max(20, batch_size), max(20.0, (deadline - time.monotonic()) / 5 / (PASSES * each_pass)))
@@ -462,7 +475,7 @@ def audit(
             if surrogate or kept.get("checked", 0) < len(some):
                 checks = checklist(timed, images[some], labels[some], eps, norm, surrogate=surrogate)
                 if state and not surrogate:
-                    meta = {"checked": len(some), "checks": checks.to_dict("list")}
+                    meta = {"of": e.identity, "checked": len(some), "checks": checks.to_dict("list")}
                     write_tensors(state, {"pgd20": predicted, "first": first, **e.computed}, meta)
             else:
                 checks = pd.DataFrame(kept["checks"], columns=checks.columns)

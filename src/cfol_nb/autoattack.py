@@ -39,7 +39,7 @@ from cfol_nb.attacks import (
     weight_of,
 )
 from cfol_nb.config import AutoAttack, choose
-from cfol_nb.files import code_hash, read_tensors, write_tensors
+from cfol_nb.files import Corrupt, code_hash, read_tensors, write_tensors
 
 ITERATIONS, QUERIES = 100, 5000  # of APGD and FAB, and of Square: the standard version
 # attack: its iterations, and what one costs in forward passes (a gradient counts as one)
@@ -497,6 +497,8 @@ class Evaluation:
         self.state = folder and Path(folder) / f"autoattack-{self.identity}.safetensors"
         if self.state and self.state.exists():
             tensors, meta = read_tensors(self.state)
+            if meta.get("of") != self.identity:
+                raise Corrupt(f"{self.state} is of another evaluation; delete it to make it anew")
             if self.says(tensors):
                 for name in self.computed:
                     del tensors[name]
@@ -545,7 +547,8 @@ class Evaluation:
     def _write(self) -> None:
         if self.state:
             tensors = {k: getattr(self, k) for k in PROGRESS}
-            write_tensors(self.state, tensors | self.computed | self.kept, {"seconds": self.seconds})
+            meta = {"of": self.identity, "seconds": self.seconds}
+            write_tensors(self.state, tensors | self.computed | self.kept, meta)
             self.written = time.monotonic()
 
     def _pending(self, index: Tensor, upto: int) -> Iterator[tuple[int, Tensor]]:

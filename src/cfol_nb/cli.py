@@ -1,4 +1,4 @@
-"""The command line: `cfol-nb run | train | suite | publish | audit | fetch | list`."""
+"""The command line: `cfol-nb run | train | suite | publish | verify | audit | fetch | list`."""
 
 from __future__ import annotations
 
@@ -127,6 +127,7 @@ def train(
             help=("Any setting of RunConfig, for example epochs=10, eps=8/255, model.width=16, method.drift=100."),
         ),
     ] = [],  # noqa: B006
+    recompute: Annotated[bool, typer.Option("--recompute", help="Compute stored runs anew, too.")] = False,
 ) -> None:
     """Train (or load) runs and print the class-wise table of the last weights.
 
@@ -139,7 +140,7 @@ def train(
 
     values = _settings(dataset, settings, method=method, objective=objective)
     first = RunConfig(**values).seed
-    runs = compute([RunConfig(**values | {"seed": first + s}) for s in range(seeds)])
+    runs = compute([RunConfig(**values | {"seed": first + s}) for s in range(seeds)], recompute=recompute)
     outcomes = [r.outcomes["last"] for r in runs]
     for r in runs:
         made, attack = r.provenance, last_attack(r.outcomes["last"])
@@ -175,6 +176,7 @@ def suite(
     settings: Annotated[
         list[str], typer.Option("-s", "--set", metavar="NAME=VALUE", help="Any setting of RunConfig, as for train.")
     ] = [],  # noqa: B006
+    recompute: Annotated[bool, typer.Option("--recompute", help="Compute stored runs anew, too.")] = False,
 ) -> None:
     """Train and evaluate method after method inside a time limit; one JSON per run.
 
@@ -191,7 +193,8 @@ def suite(
     values = {**(s.PAPER if paper else {}), **_settings(dataset, settings)}
     if fixed := sorted({"method", "objective", "seed", "seeds"} & set(values)):
         raise ValueError(f"the suite sets {fixed[0]} itself: use --methods and --seeds")
-    done = list(s.suite(s.configurations(methods=names, seeds=seeds, **values), minutes, results, typer.echo))
+    configs = s.configurations(methods=names, seeds=seeds, **values)
+    done = list(s.suite(configs, minutes, results, typer.echo, recompute=recompute))
     groups: dict[str, list] = {}
     for run in done:
         for which, outcomes in run.outcomes.items():
@@ -253,6 +256,24 @@ def publish(
         for name, (outcomes, _) in verdicts(run, "last").items():
             if text := said(outcomes.checks.get(name)):
                 typer.echo(f"  {name}: {text}")
+
+
+@app.command()
+@_stoppable
+def verify(
+    results: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder of the JSONs; default results/.")
+    ] = None,
+) -> None:
+    """Check every stored file: runs, verdicts, audits, image caches, results/. One line for each that was changed."""
+    from cfol_nb import suite as s
+
+    fine, bad = s.verify(results)
+    for line in bad:
+        typer.echo(line)
+    typer.echo(f"{fine} stored files are as they were written, {len(bad)} are not")
+    if bad:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -5,6 +5,7 @@ Indices are chosen with NumPy's generator, so a split does not depend on torch's
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cfol_nb.config import RunConfig, choose
-from cfol_nb.files import ROOT, Corrupt, bar, data_dir, read_tensors, write_tensors
+from cfol_nb.files import ROOT, Corrupt, Unsigned, bar, data_dir, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -292,8 +293,10 @@ def _cached(
     """Tensors and class names from data/cache/, made first if the file is missing or of another key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = data_dir() / "cache" / f"{stem}-{digest}.safetensors"
-    if path.exists():
+    with contextlib.suppress(FileNotFoundError, Unsigned):  # not there, or of an earlier version
         tensors, meta = read_tensors(path)
+        if meta["key"] != key:
+            raise Corrupt(f"{path} holds other images than its name says; delete it to make it anew")
         return tensors, meta["class_names"]
     tensors, names = make()
     write_tensors(path, tensors, {"class_names": names, "key": key})

@@ -1,14 +1,16 @@
 """The run store: a run is a value of its configuration; it is loaded if it is there, else computed, once.
 
 A run's folder under runs/store/ holds `run.json` (configuration, history, integer counts), `outcomes.safetensors`,
-`weights.safetensors` and `provenance.json`. `run.json` is written last: without it the run is not there.
+`weights.safetensors` and `provenance.json`; the JSONs hold the digests of the tensors. `run.json` comes last: without
+it the run is not there. A run that other code computed is computed anew; until that is whole, the old one stays.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import functools
 import hashlib
+import json
 import math
 import multiprocessing
 import os
@@ -37,25 +39,30 @@ from torch import nn
 
 from cfol_nb.attacks import one_thread, repeating
 from cfol_nb.config import RunConfig, as_attack, choose
-from cfol_nb.data import fingerprint, prepare
+from cfol_nb.data import DataSet, ImageSet, fingerprint, prepare
 from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.features import REMAKES, remake_steps
 from cfol_nb.files import (
+    ANEW,
     CHECKOUT,
     ROOT,
     Corrupt,
+    Unsigned,
+    alone,
     bar,
     code_hash,
+    digest,
     read_json,
     read_tensors,
     runs_dir,
+    sync,
     write_json,
     write_tensors,
 )
 from cfol_nb.methods import METHODS
 from cfol_nb.models import MODELS
-from cfol_nb.stats import counts
-from cfol_nb.train import Diverging, check, make_model, new_model, step_passes, train
+from cfol_nb.objectives import OBJECTIVES
+from cfol_nb.train import Diverging, check, code_of, make_model, new_model, step_passes, train
 
 
 class RunsFailed(RuntimeError):
@@ -69,8 +76,17 @@ class RunsFailed(RuntimeError):
         )
 
 
-def _correct(outcomes: Outcomes) -> dict[str, list[int]]:
-    return {a: counts(outcomes, a)[0].tolist() for a in outcomes.predictions}
+def correct(outcomes: Outcomes) -> dict[str, list[int]]:
+    return {a: outcomes.counts(a)[0].tolist() for a in outcomes.predictions}
+
+
+def agree(stored: Mapping, outcomes: Mapping[str, Outcomes]) -> None:
+    """Raises ValueError unless the classes and counts that were stored are those of the predictions."""
+    for which, o in outcomes.items():
+        if list(o.class_names) != stored["classes"] or o.counts("clean")[1].tolist() != stored["n"]:
+            raise ValueError("its classes are not those of the predictions")
+        if any(o.counts(attack)[0].tolist() != right for attack, right in stored["correct"][which].items()):
+            raise ValueError("its counts are not those of the predictions")
 
 
 @dataclass(frozen=True)
@@ -92,9 +108,14 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> Run:
-        """A stored run. Raises FileNotFoundError if it is not whole, Corrupt if a file was damaged."""
-        stored = read_json(folder / "run.json")
+        """A stored run. Raises FileNotFoundError if it is not whole, Corrupt for a file that was changed or is of
+        another run."""
+        stored, origin = read_json(folder / "run.json"), read_json(folder / "provenance.json")
         tensors, meta = read_tensors(folder / "outcomes.safetensors")
+        digests, files = {name: digest(folder / name) for name in TENSORS}, stored.get("files", {})
+        odd = [name for name in TENSORS if digests[name] != files.get(name)]
+        if odd or origin.get("files") != files:
+            raise Corrupt(f"{folder / (odd or ['provenance.json'])[0]} is not that of the run in run.json; {ANEW}")
         try:
             outcomes = {
                 w: Outcomes.from_tensors(
@@ -103,10 +124,11 @@ class Run:
                 )
                 for w in stored["correct"]
             }
-            if {w: _correct(o) for w, o in outcomes.items()} != stored["correct"]:
-                raise ValueError("its counts are not those of the predictions")
-            config, origin = RunConfig(**stored["config"]), read_json(folder / "provenance.json")
-            return cls(config, folder, stored["history"], stored["selected_epoch"], outcomes, {"code": "", **origin})
+            agree(stored, outcomes)
+            config = RunConfig(**stored["config"])
+            if (name := name_of(config, origin["data"])) != folder.resolve().name:
+                raise ValueError(f"its configuration is that of {name}")
+            return cls(config, folder, stored["history"], stored["selected_epoch"], outcomes, origin)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise Corrupt(
@@ -115,12 +137,19 @@ class Run:
 
     def model(self, which: str = "selected") -> nn.Module:
         """The trained network in eval mode, on the run's device if it is here; which: "last", "selected" or "ema"."""
-        tensors, meta = read_tensors(self.folder / "weights.safetensors")
+        path = self.folder / "weights.safetensors"
+        tensors, meta = read_tensors(path)
+        if digest(path) != self.provenance["files"][path.name]:
+            raise Corrupt(f"{path} is not that of the run in run.json; {ANEW}")
         which = choose("weights of this run", which, {k.partition(".")[0] for k in tensors})
         state = {k.removeprefix(f"{which}."): v for k, v in tensors.items() if k.startswith(f"{which}.")}
         model = make_model(self.config, **meta["build"])
         model.load_state_dict(state)
         return model.to("cuda" if self.config.device == "cuda" and torch.cuda.is_available() else "cpu").eval()
+
+    def data(self) -> tuple[ImageSet, ImageSet, DataSet]:
+        """`data.prepare` for the run. Raises ValueError if its folder of images is not as it was."""
+        return _prepared(self.config, self.provenance.get("data", ""))
 
     def curve(self, name: str) -> pd.DataFrame:
         """A trace by epoch (rows) and class (columns): "p", or the held-out accuracies "clean" and "robust"."""
@@ -144,16 +173,38 @@ def resolve(config: RunConfig) -> RunConfig:
     return config.model_copy(update=update)
 
 
+def name_of(config: RunConfig, data: str) -> str:
+    """The name of a run whose device is decided; data: the state of its folder of images, from `data.fingerprint`."""
+    state = data + (name_of(config.parent, data) if config.parent else "")
+    key = hashlib.sha256((config.key() + state).encode()).hexdigest()[:16]
+    images = Path(config.dataset.removeprefix("imagefolder:")).name
+    return "-".join((images, config.objective["name"], config.method["name"], f"s{config.seed}", key))
+
+
 def folder_of(config: RunConfig) -> Path:
     """Where the run of a configuration lies: its hash, which for a folder of images includes the folder's state."""
-    config = resolve(config)
-    state = fingerprint(config.dataset) + (folder_of(config.parent).name if config.parent else "")
-    key = hashlib.sha256((config.key() + state).encode()).hexdigest()[:16]
-    words = (Path(config.dataset).name, config.objective["name"], config.method["name"], f"s{config.seed}", key)
-    return runs_dir() / "store" / "-".join(words)
+    return runs_dir() / "store" / name_of(resolve(config), fingerprint(config.dataset))
 
 
-FILES = ("run.json", "provenance.json", "outcomes.safetensors", "weights.safetensors")
+def same_images(dataset: str, data: str) -> None:
+    """Raises ValueError if a folder of images is in another state than `data`, or another folder of that name."""
+    if fingerprint(dataset) != data:
+        raise ValueError(
+            f"the images of {dataset} are not those of the run: files were added, removed or changed since, or it is "
+            "another folder that has this name from here; put them back as they were, or train anew"
+        )
+
+
+def _prepared(config: RunConfig, data: str) -> tuple[ImageSet, ImageSet, DataSet]:
+    """`prepare`, of this state of the folder of images and no other."""
+    same_images(config.dataset, data)
+    found = prepare(config)
+    same_images(config.dataset, data)
+    return found
+
+
+TENSORS = ("outcomes.safetensors", "weights.safetensors")
+FILES = ("run.json", "provenance.json", *TENSORS)
 
 
 def whole(folder: Path) -> bool:
@@ -161,13 +212,12 @@ def whole(folder: Path) -> bool:
     return all((folder / name).exists() for name in FILES)
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Only one process at a time is inside for a folder; the system frees the lock of a process that died."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def current(folder: Path, config: RunConfig) -> bool:
+    """Whether a folder holds a finished run of this configuration that the code as it is now computed."""
+    try:
+        return whole(folder) and read_json(folder / "provenance.json").get("code") == code_of(config)
+    except Unsigned:  # of an earlier version
+        return False
 
 
 # -- provenance --------------------------------------------------------------------------------------------------------
@@ -193,13 +243,13 @@ def device_name(device: str) -> str:
     return f"{name[1] if name else platform.machine()} with {', '.join(has) or 'no wide vectors'}"
 
 
-def provenance(device: str) -> dict:
-    """What a reader needs to know where numbers come from."""
+def provenance(device: str, code: str | None = None) -> dict:
+    """What a reader needs to know where numbers come from. code: by default a hash of what every run passes through."""
     status = _git("status", "--porcelain", "--", ".", ":!results")  # what is published later changes no code
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
-        "code": code_hash(),
+        "code": code or code_hash(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -220,9 +270,14 @@ def peak_memory(device: str) -> int:
 
 
 def _work(
-    config_json: str, folder: str, checkpoint_every: int = 1, report: Callable[[int, int], None] | None = None
+    config_json: str,
+    folder: str,
+    checkpoint_every: int = 1,
+    report: Callable[[int, int], None] | None = None,
+    *,
+    anew: bool = False,
 ) -> None:
-    """Compute one run into its folder, unless another process did so in the meantime."""
+    """Compute one run into its folder, unless another process did so in the meantime or, with `anew`, in any case."""
     config, path = RunConfig.model_validate_json(config_json), Path(folder)
     kept = _Progress(path / "progress")
 
@@ -231,8 +286,8 @@ def _work(
         if report:
             report(done, total)
 
-    with threads(config), _alone(path):
-        if not whole(path):
+    with threads(config), alone(path / ".lock", path.name):
+        if anew or not current(path, config):
             _compute(config, path, checkpoint_every, both)
 
 
@@ -262,8 +317,11 @@ class _Progress:
 
 
 def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Callable[[int, int], None]) -> None:
-    origin = provenance(config.device)
-    train_images, held, data = prepare(config)
+    state = fingerprint(config.dataset)
+    if name_of(config, state) != folder.name:
+        raise ValueError(f"the images of {config.dataset} changed after the run was asked for: ask again")
+    origin = {**provenance(config.device, code_of(config)), "data": state}
+    train_images, held, data = _prepared(config, state)
     parent = Run.load(folder_of(config.parent)).model("last").to(config.device) if config.parent else None
     total, remade = len(train_images) // config.batch_size * config.epochs, 0.0
     per_step = 2 / (step_passes(config) * config.batch_size)  # of an image, in steps of the training
@@ -302,20 +360,34 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
         found[which] = evaluate(
             model, data.test.images, data.test.labels, config.attacks, class_names=data.class_names, seed=config.seed
         )
+    new = folder / ".new"  # all of it, before anything that is stored gives way
     write_tensors(
-        folder / "outcomes.safetensors",
+        new / "outcomes.safetensors",
         {f"{w}.{k}": v for w, o in found.items() for k, v in o.tensors().items()},
         {**found["last"].meta(), "checks": {w: o.meta()["checks"] for w, o in found.items()}},
     )
     write_tensors(
-        folder / "weights.safetensors",
+        new / "weights.safetensors",
         {f"{w}.{k}": v for w, weights in trained.weights.items() for k, v in weights.items()},
         {"build": {"num_classes": len(data.class_names), "channels": data.test.images.shape[1]}},
     )
     write_json(
-        folder / "provenance.json",
+        new / "run.json",
+        {
+            "files": (files := {name: digest(new / name) for name in TENSORS}),
+            "config": config.model_dump(mode="json"),
+            "history": trained.history,
+            "selected_epoch": trained.selected_epoch,
+            "classes": list(data.class_names),
+            "n": found["last"].counts("clean")[1].tolist(),
+            "correct": {w: correct(o) for w, o in found.items()},
+        },
+    )
+    write_json(
+        new / "provenance.json",
         {
             **origin,
+            "files": files,
             "seconds": {
                 **({"remaking": round(remaking, 2)} if config.remake else {}),
                 "training": round(trained.seconds, 2),
@@ -326,19 +398,26 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
             "peak_memory_mib": peak_memory(config.device),
         },
     )
-    write_json(
-        folder / "run.json",
-        {
-            "config": config.model_dump(mode="json"),
-            "history": trained.history,
-            "selected_epoch": trained.selected_epoch,
-            "classes": list(data.class_names),
-            "n": counts(found["last"], "clean")[1].tolist(),
-            "correct": {w: _correct(o) for w, o in found.items()},
-        },
-    )
+    _replace(folder, new)
     for leftover in (checkpoint, folder / "progress"):
         leftover.unlink(missing_ok=True)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """The files of a whole run take the places of an old one's, whose verdicts go unless the weights are the same. Who
+    dies in the middle leaves no run, never a mixture."""
+    (folder / "run.json").unlink(missing_ok=True)
+    for verdict in folder.glob("judged-*.safetensors"):
+        try:
+            kept = read_tensors(verdict)[1]["weights"] == digest(new / "weights.safetensors")
+        except (Corrupt, KeyError):
+            kept = False
+        if not kept:
+            verdict.unlink()
+    for name in sorted(FILES, key="run.json".__eq__):  # which comes last
+        os.replace(new / name, folder / name)
+    sync(folder)
+    shutil.rmtree(new)
 
 
 def _start_worker(devices, threads: int, environment: dict[str, str]) -> None:
@@ -379,7 +458,8 @@ def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
     by default one per core, so that its numbers do not depend on how many runs were asked for: with OMP_NUM_THREADS=1
     as many run side by side as there are cores. On CUDA one process per device.
     """
-    makers = [table[spec["name"]] for c in configs for table, spec in ((MODELS, c.model), (METHODS, c.method))]
+    tables = ("model", MODELS), ("objective", OBJECTIVES), ("method", METHODS)
+    makers = [table[getattr(c, kind)["name"]] for c in configs for kind, table in tables]
     if not all(m.__module__.startswith("cfol_nb.") for m in makers):
         return None  # registered by the user's own code, which a new process lacks
     cuda = any(c.device == "cuda" for c in configs)
@@ -402,13 +482,26 @@ def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
     return ProcessPoolExecutor(workers, context, _start_worker, (devices, each, dict(os.environ)))
 
 
+def _made(folder: Path) -> int:
+    """When a folder's run was written, in nanoseconds; 0 if there is none."""
+    return (folder / "run.json").stat().st_mtime_ns if whole(folder) else 0
+
+
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, checkpoint_every: int = 1) -> list[Run]:
+def compute(
+    configs: Sequence[RunConfig],
+    executor: Executor | None = None,
+    *,
+    checkpoint_every: int = 1,
+    recompute: bool = False,
+) -> list[Run]:
     """The runs of these configurations, in order: stored ones are loaded, missing ones computed in parallel.
 
+    Those that were computed by other code (see `files.code_hash`) are computed anew; recompute: all of them are, but
+    not their parents. What was stored stays until the new run is whole.
     executor: any `concurrent.futures.Executor` whose workers see the same run store; by default local processes.
     checkpoint_every: epochs between two checkpoints (0: none), from which an interrupted run goes on.
     Everything is checked before work starts: ValueError or FileNotFoundError for what cannot run. A run that fails does
@@ -418,7 +511,14 @@ def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, c
     for config in configs:
         check(config)
     folders = {c.key(): folder_of(c) for c in configs}
-    missing = {k: c for c in configs if not whole(folders[k := c.key()])}
+    missing = {c.key(): c for c in configs if recompute or not current(folders[c.key()], c)}
+    before = {k: _made(folders[k]) for k in missing}
+    if stale := [] if recompute else [folders[k].name for k, made in before.items() if made]:
+        warnings.warn(
+            f"{len(stale)} stored runs were computed by other code than this (for example {stale[0]}): "
+            "they are computed anew",
+            stacklevel=2,
+        )
     data = ("dataset", "image_size", "split_seed", "holdout", "train_limit", "test_limit", "imbalance", "without")
     for config in {str([getattr(c, f) for f in (*data, "batch_size")]): c for c in missing.values()}.values():
         images, _, _ = prepare(config)  # refuse bad data now, and decode once, not in every process
@@ -431,7 +531,7 @@ def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, c
         try:
             compute(list(parents.values()), executor, checkpoint_every=checkpoint_every)
         except RunsFailed as failed:
-            orphans = [k for k, parent in parents.items() if not whole(folder_of(parent))]
+            orphans = [k for k, parent in parents.items() if not current(folder_of(parent), parent)]
             reasons = dict.fromkeys(orphans, f"its parent failed: {failed}")
             missing = {k: c for k, c in missing.items() if k not in reasons}
     if missing:
@@ -439,9 +539,11 @@ def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, c
             jobs = {k: (c.model_dump_json(), str(folders[k]), checkpoint_every) for k, c in missing.items()}
 
             def share(key: str) -> float:
-                return 1.0 if whole(folders[key]) else _Progress.read(folders[key] / "progress")
+                done = _made(folders[key]) not in (0, before[key])
+                return 1.0 if done else _Progress.read(folders[key] / "progress")
 
-            reasons |= _do_all(_work, jobs, list(missing.values()), share, executor, progress)
+            work = functools.partial(_work, anew=recompute)
+            reasons |= _do_all(work, jobs, list(missing.values()), share, executor, progress)
     runs = []
     for key in (c.key() for c in configs):
         if key not in reasons:
@@ -449,13 +551,6 @@ def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, c
     if amiss := {r.folder.name: "; ".join(r.warnings) for r in runs if r.warnings}:
         text = "\n".join(f"  {name}: {said}" for name, said in amiss.items())
         warnings.warn(Diverging(f"{len(amiss)} of these runs diverged (see Run.warnings):\n{text}"), stacklevel=2)
-    stale = sorted({r.folder.name for r in runs if r.provenance["code"] != code_hash()})
-    if stale:
-        warnings.warn(
-            f"{len(stale)} stored runs were computed by other code than this (for example {stale[0]}): "
-            "delete their folders to compute them anew",
-            stacklevel=2,
-        )
     if reasons:
         raise RunsFailed({folders[k].name: v for k, v in reasons.items()}, runs)
     return runs
@@ -516,28 +611,59 @@ def _do_all(
 
 
 def _judge(folder: str, which: str, name: str, attack: dict, path: str, report=None) -> None:
-    run = Run.load(Path(folder))
-    origin, start = provenance(run.config.device), time.perf_counter()
-    test, state = prepare(run.config)[2].test, Path(path).with_suffix(".state")
-    how = {"class_names": test.class_names, "seed": run.config.seed, "folder": state}
-    outcomes = evaluate(run.model(which), test.images, test.labels, {name: attack}, **how)
-    seconds = round(time.perf_counter() - start, 2)
-    write_tensors(Path(path), outcomes.tensors(), {**outcomes.meta(), "asked": attack, **origin, "seconds": seconds})
-    shutil.rmtree(state, ignore_errors=True)
+    run, path = Run.load(Path(folder)), Path(path)
+    with alone(path.with_name(f".{path.name}.lock"), f"{run.folder.name} under {name}"):
+        if _known(run, which, path):
+            return
+        origin, start = provenance(run.config.device, _judging(run)), time.perf_counter()
+        test, state = run.data()[2].test, path.with_suffix(".state")
+        how = {"class_names": test.class_names, "seed": run.config.seed, "folder": state}
+        outcomes = evaluate(run.model(which), test.images, test.labels, {name: attack}, **how)
+        asked = {"name": name, "asked": attack, "weights": run.provenance["files"]["weights.safetensors"]}
+        seconds = round(time.perf_counter() - start, 2)
+        write_tensors(path, outcomes.tensors(), {**outcomes.meta(), **asked, **origin, "seconds": seconds})
+        shutil.rmtree(state, ignore_errors=True)
 
 
-def _verdict(run: Run, which: str, name: str) -> Path:
-    return run.folder / f"judged-{which}-{name}.safetensors"
+def _judging(run: Run) -> str:
+    """A hash of the code that can move a verdict."""
+    return code_hash(MODELS[run.config.model["name"]])
+
+
+def _verdict(run: Run, which: str, name: str, attack: dict) -> Path:
+    key = hashlib.sha256(json.dumps(attack, sort_keys=True).encode()).hexdigest()[:8]
+    return run.folder / f"judged-{which}-{name}-{key}.safetensors"
+
+
+def _known(run: Run, which: str, path: Path) -> bool:
+    """Whether a verdict is stored, made by the code as it is now."""
+    try:
+        return path.exists() and _judged(run, which, path)[1]["code"] == _judging(run)
+    except Unsigned:
+        return False
+
+
+def _judged(run: Run, which: str, path: Path) -> tuple[Outcomes, dict]:
+    """A verdict, and where it comes from. Raises Corrupt if it is damaged or not on these weights of this run."""
+    tensors, meta = read_tensors(path)
+    try:
+        outcomes = Outcomes.from_tensors(tensors, meta)
+        right = path.name == _verdict(run, which, meta["name"], meta["asked"]).name
+        right &= meta["weights"] == run.provenance["files"]["weights.safetensors"]
+        right &= np.array_equal(outcomes.labels, run.outcomes[which].labels)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Corrupt(f"{path} is no verdict ({type(error).__name__}: {error}); {ANEW}") from error
+    if not right:
+        raise Corrupt(f"{path} is no verdict on these weights; {ANEW}")
+    return outcomes, {k: v for k, v in meta.items() if k not in outcomes.meta()}
 
 
 def verdicts(run: Run, which: str) -> dict[str, tuple[Outcomes, dict]]:
-    """What `judge` has stored of these weights: name of the attack -> outcomes, and where they come from."""
-    found = {}
-    for path in sorted(run.folder.glob(_verdict(run, which, "*").name)):
-        tensors, meta = read_tensors(path)
-        outcomes = Outcomes.from_tensors(tensors, meta)
-        found[list(outcomes.attacks)[-1]] = outcomes, {k: v for k, v in meta.items() if k not in outcomes.meta()}
-    return found
+    """What `judge` has stored of these weights: name of the attack -> outcomes, and where they come from. Of several
+    with the same name but other options it is the one that was begun last."""
+    paths = run.folder.glob(f"judged-{which}-*.safetensors")
+    found = sorted((_judged(run, which, p) for p in sorted(paths)), key=lambda verdict: verdict[1]["started"])
+    return {origin["name"]: (outcomes, origin) for outcomes, origin in found}
 
 
 def judge(
@@ -556,18 +682,18 @@ def judge(
         if not re.fullmatch(r"[\w-]+", name):
             raise ValueError(f"attack {name!r}: a name of letters, digits, - and _ is needed")
         asked[name] = as_attack(options).model_dump()
-    jobs, configs = {}, []
+    jobs, lacking = {}, []
     for run in runs:
-        known = verdicts(run, which)
         if own := asked.keys() & run.outcomes[which].predictions.keys():
             raise ValueError(f"attack {own.pop()!r} is one of the run's own: choose another name")
         for name, attack in asked.items():
-            if name not in known or known[name][1]["asked"] != attack:
-                path = _verdict(run, which, name)
-                path.unlink(missing_ok=True)
+            if not _known(run, which, path := _verdict(run, which, name, attack)):
                 jobs[str(path)] = str(run.folder), which, name, attack, str(path)
-                configs.append(run.config)
+                lacking.append(run)
+    for run in {run.config.dataset: run for run in lacking}.values():
+        same_images(run.config.dataset, run.provenance["data"])
     if jobs:
+        configs = [run.config for run in lacking]
         with bar(len(jobs), "judged") as progress:
             reasons = _do_all(_judge, jobs, configs, lambda path: float(Path(path).exists()), executor, progress)
         if reasons:
@@ -576,11 +702,11 @@ def judge(
             raise RunsFailed(named, [run for run in runs if str(run.folder) not in failed])
     out = []
     for run in runs:
-        own, found = run.outcomes[which], verdicts(run, which)
+        own = run.outcomes[which]
         out.append(Outcomes(own.labels, {"clean": own.predictions["clean"]}, own.class_names))
         out[-1].update(own)
-        for name in asked:
-            out[-1].update(found[name][0])
+        for name, attack in asked.items():
+            out[-1].update(_judged(run, which, _verdict(run, which, name, attack))[0])
     return out
 
 

@@ -23,11 +23,7 @@ def last_attack(outcomes: Outcomes) -> str:
 
 def counts(outcomes: Outcomes, attack: str) -> tuple[np.ndarray, np.ndarray]:
     """(correct, n) per class, both (K,) int64."""
-    k = len(outcomes.class_names)
-    return (
-        np.bincount(outcomes.labels[outcomes.correct(attack)], minlength=k),
-        np.bincount(outcomes.labels, minlength=k),
-    )
+    return outcomes.counts(attack)
 
 
 @functools.lru_cache(maxsize=10_000)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import statistics
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,9 +19,23 @@ from cfol_nb.config import RunConfig, keywords
 from cfol_nb.data import prepare
 from cfol_nb.evaluate import Outcomes
 from cfol_nb.features import remake_steps
-from cfol_nb.files import ROOT, read_json, write_json
+from cfol_nb.files import ROOT, Corrupt, data_dir, read_json, read_tensors, runs_dir, write_json
 from cfol_nb.methods import METHODS as METHOD_TYPES
-from cfol_nb.runs import Run, RunsFailed, _Progress, compute, folder_of, resolve, threads, verdicts, whole
+from cfol_nb.runs import (
+    Run,
+    RunsFailed,
+    _Progress,
+    agree,
+    compute,
+    correct,
+    current,
+    folder_of,
+    name_of,
+    resolve,
+    stored,
+    threads,
+    verdicts,
+)
 from cfol_nb.stats import last_attack
 from cfol_nb.train import check, look_steps, step_passes, train
 
@@ -79,7 +94,7 @@ def estimate(config: RunConfig, steps: int = 8) -> float:
     in_float32 = kinds * judged + 2 * remake_steps(config.remake) * len(images)
     own = 1.1 * (step * total + per_pass * (looks + slower * in_float32))
     parent = config.parent and resolve(config.parent)
-    return own + (estimate(parent, steps) if parent and not whole(folder_of(parent)) else 0)
+    return own + (estimate(parent, steps) if parent and not current(folder_of(parent), parent) else 0)
 
 
 def publish(run: Run, results: Path) -> Path:
@@ -97,13 +112,18 @@ def publish(run: Run, results: Path) -> Path:
             every.update(outcomes)
         packed[which] = every.packed()
         judged |= {f"{which}, {name}": origin for name, (_, origin) in found.items()}
-    stored = read_json(run.folder / "run.json")
+    last = run.outcomes["last"]
     path = results / f"{run.folder.name}.json"
     seconds = run.provenance["seconds"]["training"]
     write_json(
         path,
         {
-            **{k: stored[k] for k in ("config", "classes", "n", "correct", "selected_epoch", "history")},
+            "config": run.config.model_dump(mode="json"),
+            "classes": list(last.class_names),
+            "n": last.counts("clean")[1].tolist(),
+            "correct": {w: correct(o) for w, o in run.outcomes.items()},
+            "selected_epoch": run.selected_epoch,
+            "history": run.history,
             "outcomes": packed,
             "provenance": run.provenance | ({"judged": judged} if judged else {}),
             "seconds_per_epoch": round(seconds / run.config.epochs, 3),
@@ -113,14 +133,46 @@ def publish(run: Run, results: Path) -> Path:
 
 
 def published(results: Path | None = None) -> list[Run]:
-    """The published runs, as `compute` gives runs, without weights; results: a folder, by default results/."""
-    out = []
-    for path in sorted((results or ROOT / "results").glob("*.json")):
-        kept = read_json(path)
+    """The published runs, as `compute` gives runs, without weights; results: a folder, by default results/. Raises
+    Corrupt, with its name, for a file that is not as it was published."""
+    return [_published(path) for path in sorted((results or ROOT / "results").glob("*.json"))]
+
+
+def _published(path: Path) -> Run:
+    kept = read_json(path)
+    try:
         outcomes = {which: Outcomes.unpacked(packed) for which, packed in kept["outcomes"].items()}
-        config = RunConfig(**kept["config"])
-        out.append(Run(config, path, kept["history"], kept["selected_epoch"], outcomes, kept["provenance"]))
-    return out
+        agree(kept, outcomes)
+        config, origin = RunConfig(**kept["config"]), kept["provenance"]
+        if "data" in origin and (name := name_of(config, origin["data"])) != path.stem:
+            raise ValueError(f"its configuration is that of {name}")
+        return Run(config, path, kept["history"], kept["selected_epoch"], outcomes, origin)
+    except (KeyError, TypeError, AttributeError, ValueError, zlib.error) as error:
+        raise Corrupt(f"{path} is no published run ({type(error).__name__}: {error}); publish it again") from error
+
+
+def verify(results: Path | None = None) -> tuple[int, list[str]]:
+    """How many stored files are as they were written, and a sentence for each that is not: of the run store, audits,
+    image caches, and results/ (by default the project's)."""
+    results = results or ROOT / "results"
+    runs = {folder / "run.json" for folder in stored()}
+    files = [*runs_dir().rglob("*.safetensors"), *(runs_dir() / "store").glob("*/*.json")]
+    files += [*(data_dir() / "cache").glob("*.safetensors"), *results.rglob("*.json")]
+    bad: dict[str, Path] = {}
+    for path in sorted(files, key=lambda path: (path in runs, path)):  # first the files of a run, then the whole
+        with contextlib.suppress(FileNotFoundError):  # it was finished, or deleted, in the meantime
+            try:
+                if path in runs:
+                    run = Run.load(path.parent)
+                    for which in run.outcomes:
+                        verdicts(run, which)
+                elif path.parent == results:
+                    _published(path)
+                else:
+                    (read_json if path.suffix == ".json" else read_tensors)(path)
+            except (Corrupt, OSError) as error:
+                bad.setdefault(str(error), path)
+    return len(files) - len(bad), list(bad)
 
 
 _SIZES = ("image_size", "train_limit", "test_limit", "epochs", "batch_size", "dtype")
@@ -175,10 +227,12 @@ def suite(
     results: Path | None = None,
     say: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
+    recompute: bool = False,
 ) -> Iterator[Run]:
     """Yields each run once it is whole and published. A run that the remaining time cannot hold is not started.
 
-    What is stored is loaded; an interrupted run goes on from its checkpoint. Everything is checked before work starts.
+    What is stored is loaded, unless other code computed it or `recompute` is asked for; an interrupted run goes on from
+    its checkpoint. Everything is checked before work starts.
     """
     end, results = clock() + 60 * minutes, results or ROOT / "results"
     results.mkdir(parents=True, exist_ok=True)
@@ -188,7 +242,7 @@ def suite(
     known: dict[str, float] = {}
     for config in configs:
         folder = folder_of(config)
-        if not whole(folder):
+        if recompute or not current(folder, config):
             kind = config.model_copy(update={"seed": 0}).key()
             left = end - clock()
             if left <= 0:
@@ -202,7 +256,7 @@ def suite(
                     say(f"{folder.name}: not started, it needs about {needed:.0f} s and {max(left, 0):.0f} s are left")
                     continue
                 start = clock()
-                (run,) = compute([config])
+                (run,) = compute([config], recompute=recompute)
             except (RunsFailed, FloatingPointError) as failed:
                 say(f"{folder.name}: {failed}")
                 continue

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +26,8 @@ from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.features import REMAKES
 from cfol_nb.files import Corrupt, code_hash, read_tensors, write_tensors
 from cfol_nb.methods import METHODS, Method
-from cfol_nb.models import build, initialised_from, sharing
+from cfol_nb.models import MODELS, build, initialised_from, sharing
 from cfol_nb.objectives import OBJECTIVES, TemporalEnsemble
-from cfol_nb.stats import counts
 
 
 @contextlib.contextmanager
@@ -58,6 +58,16 @@ def check(config: RunConfig) -> None:
         method.start(build(num_classes=2, channels=3, **config.model))
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no CUDA device: use device='cpu' or 'auto'")
+
+
+def code_of(config: RunConfig) -> str:
+    """A hash of the code that can move the run's numbers, its parent's included: see `files.code_hash`."""
+    makers = []
+    while config:
+        makers += [MODELS[config.model["name"]], OBJECTIVES[config.objective["name"]], METHODS[config.method["name"]]]
+        makers += [REMAKES[config.remake["name"]]] if config.remake else []
+        config = config.parent
+    return code_hash(*makers)
 
 
 def look_steps(config: RunConfig) -> int:
@@ -171,6 +181,13 @@ def _unflatten(tree: dict, tensors: dict[str, Tensor]):
     return value
 
 
+def _hash(tensors: Iterable[Tensor]) -> str:
+    h = hashlib.sha256()
+    for t in tensors:
+        h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu().clone() for k, v in state.items()}
 
@@ -264,7 +281,9 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
     pixels, labels = images.images.to(device), images.labels.to(device)
     low_precision = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
-    start, looking, made_by = time.perf_counter(), 0.0, [code_hash(), torch.__version__]
+    start, looking, made_by = time.perf_counter(), 0.0, [code_of(config), torch.__version__]
+    parts = (images.images, images.labels, held.images, held.labels, *(initial or {}).values())
+    data = _hash(parts) if checkpoint else ""  # what else than the configuration decides the run
     step, history, best = 0, [], (-1.0, 0)  # best: held-out score, epoch
     selected = _copy(model.state_dict())
     averaged = copy.deepcopy(model).eval() if config.ema else None
@@ -291,12 +310,12 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
             "",
             tensors,
         )
-        write_tensors(checkpoint, tensors, {"key": config.key(), "made_by": made_by, "tree": tree})
+        write_tensors(checkpoint, tensors, {"key": config.key(), "data": data, "made_by": made_by, "tree": tree})
 
     meta: dict = {}
     if checkpoint and checkpoint.exists():
         tensors, meta = read_tensors(checkpoint)
-        if meta.get("key") != config.key():
+        if (meta.get("key"), meta.get("data")) != (config.key(), data):
             raise Corrupt(f"{checkpoint} belongs to another run; delete it to start anew")
         if meta["made_by"] != made_by:
             warnings.warn(f"{checkpoint} was written by other code or another torch: the run starts anew", stacklevel=2)
@@ -364,8 +383,8 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                     before = time.perf_counter()
                     outcomes = look(epoch)
                     looking += time.perf_counter() - before
-                    right = {a: counts(outcomes, a)[0] for a in ("clean", "robust")}
-                    size = counts(outcomes, "clean")[1]
+                    right = {a: outcomes.counts(a)[0] for a in ("clean", "robust")}
+                    size = outcomes.counts("clean")[1]
                     accuracy = torch.from_numpy(right[judged] / size)
                     score = float(accuracy.min() if config.select == "worst" else accuracy.mean())
                     if score > best[0]:
