@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,11 @@ def data_dir() -> Path:
 def runs_dir() -> Path:
     """`runs/`, or where CFOL_NB_RUNS says."""
     return Path(os.environ.get("CFOL_NB_RUNS") or ROOT / "runs").expanduser()
+
+
+def as_name(text: str) -> str:
+    """A text as part of a file's name: letters, digits, "_", "-" and inner dots, at most 60 bytes of them."""
+    return re.sub(r"[^\w.-]+", "-", text).encode("utf-8", "ignore")[:60].decode("utf-8", "ignore").strip(".-")
 
 
 @contextlib.contextmanager
@@ -87,31 +93,46 @@ def code_hash() -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """Those of a contiguous tensor on the CPU, not copied."""
     import torch
 
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
     h = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].contiguous()
         h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
-        h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+        h.update(_bytes(t))
     return h.hexdigest()
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file straight from the tensors' memory: safetensors' `save` copies all of it first, and `save_file`
+    leaves a file behind when it is killed, and none that others may read."""
+    names, header, end = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k)), {"__metadata__": metadata}, 0
+    for name in names:
+        t = tensors[name]
+        kind = re.sub("float|uint|int", lambda found: found[0][0], str(t.dtype).removeprefix("torch.")).upper()
+        start, end = end, end + t.nbytes
+        header[name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            f.write(_bytes(tensors[name]))
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], meta: dict | None = None) -> None:
     """One safetensors file: the tensors, `meta` as JSON, and a SHA-256 of the tensors; equal input, equal bytes."""
-    from safetensors.torch import save
-
-    seen: set[int] = set()  # safetensors refuses memory that is shared
-    flat = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        flat[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # one key, because the order of several is not fixed
     header = {"cfol_nb": json.dumps({"meta": meta or {}, "sha256": _digest(flat)}, sort_keys=True)}
     with replacing(path) as part:
-        part.write_bytes(save(flat, metadata=header))
+        _save(part, flat, header)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:

@@ -37,13 +37,14 @@ from torch import nn
 
 from cfol_nb.attacks import one_thread, repeating
 from cfol_nb.config import RunConfig, as_attack, choose
-from cfol_nb.data import fingerprint, prepare
+from cfol_nb.data import Skipped, fingerprint, prepare
 from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.features import REMAKES, remake_steps
 from cfol_nb.files import (
     CHECKOUT,
     ROOT,
     Corrupt,
+    as_name,
     bar,
     code_hash,
     read_json,
@@ -149,8 +150,9 @@ def folder_of(config: RunConfig) -> Path:
     config = resolve(config)
     state = fingerprint(config.dataset) + (folder_of(config.parent).name if config.parent else "")
     key = hashlib.sha256((config.key() + state).encode()).hexdigest()[:16]
-    words = (Path(config.dataset).name, config.objective["name"], config.method["name"], f"s{config.seed}", key)
-    return runs_dir() / "store" / "-".join(words)
+    dataset = Path(config.dataset.removeprefix("imagefolder:")).name
+    words = (dataset, config.objective["name"], config.method["name"], f"s{config.seed}", key)
+    return runs_dir() / "store" / "-".join(filter(None, map(as_name, words)))
 
 
 FILES = ("run.json", "provenance.json", "outcomes.safetensors", "weights.safetensors")
@@ -344,7 +346,8 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
 def _start_worker(devices, threads: int, environment: dict[str, str]) -> None:
     """In a local process: one device of its own, and an end when its parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    warnings.simplefilter("ignore", Diverging)  # the caller of `compute` hears of it
+    for told in (Diverging, Skipped):  # the caller of `compute` hears of it
+        warnings.simplefilter("ignore", told)
     os.environ.clear()  # that of the server, which may be older than a change
     os.environ.update(environment)
     torch.set_num_threads(threads)
