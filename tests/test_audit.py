@@ -17,9 +17,12 @@ from torch import nn
 from cfol_nb import audit as module
 from cfol_nb import autoattack as aa
 from cfol_nb import stats
+from cfol_nb.attacks import pgd
 from cfol_nb.audit import audit, load_model, unseen
+from cfol_nb.autoattack import autoattack
 from cfol_nb.checks import checklist, rarer
 from cfol_nb.checks import said as sentence
+from cfol_nb.corruptions import corrupt
 from cfol_nb.data import load, prepare
 from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.models import build
@@ -426,6 +429,64 @@ def test_images_of_four_channels_as_arrays_of_numpy(tmp_path):
     assert f"<th>{found.radii.index[1]:.3g}</th>" in page
 
 
+class Widens(nn.Module):
+    """Takes grey images, although its convolution takes three channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = build("smallcnn", num_classes=2, channels=3)
+
+    def forward(self, x):
+        assert x.shape[1] == 1
+        return self.net(x.repeat(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("kind", ["normalised", "dense", "widens"])
+def test_grey_images_are_widened_for_a_model_that_takes_three_channels(kind):
+    torch.manual_seed(0)
+    model = {
+        "normalised": lambda: build("smallcnn", num_classes=2, channels=3),  # would take grey ones, too
+        "dense": lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2)),
+        "widens": Widens,
+    }[kind]().eval()
+    x, y = torch.rand(30, 1, 8, 8), torch.arange(30) % 2
+    found = audit(model, x, y, eps=0.03, version="fast", show=0)
+    assert ("The images are grey" in found.note) == (kind != "widens")
+    if kind != "widens":
+        wide = audit(model, x.repeat(1, 3, 1, 1), y, eps=0.03, version="fast", show=0)
+        assert "grey" not in wide.note
+        for name, predicted in wide.outcomes.predictions.items():
+            np.testing.assert_array_equal(found.outcomes.predictions[name], predicted)
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [
+        lambda m, x, y: pgd(m, x, y, 0.02, generator=torch.Generator().manual_seed(0)),
+        lambda m, x, y: autoattack(m, x, y, 0.02, version="fast"),
+        lambda m, x, y: evaluate(m, x, y, {"a": {"eps": 0.02, "step": 0.01, "steps": 3}}, checks=0).tensors(),
+        lambda m, x, y: audit(m, x, y, eps=0.02, version="fast", show=2).outcomes.tensors(),
+        lambda m, x, y: corrupt(x, "defocus", 1),
+    ],
+    ids=["pgd", "autoattack", "evaluate", "audit", "corrupt"],
+)
+def test_what_rounding_took_out_of_the_unit_is_clamped(linear, judge):
+    model = linear(64, 2).float()
+    x = torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[:, :, :2], x[:, :, 2:4] = 0, 1
+    y = model(x).argmax(1)
+    y[:2] = torch.tensor([0, 1])
+    off = x + torch.where(x == 0, -1e-6, 1e-6) * ((x == 0) | (x == 1))
+    assert off.min() < 0
+    assert off.max() > 1
+    before = off.clone()
+    torch.testing.assert_close(judge(model, off, y), judge(model, x, y), rtol=0, atol=0)
+    assert torch.equal(off, before)
+    for bad in (off + 1e-5, off - 1e-5, off.where(x != 0, torch.nan)):
+        with pytest.raises(ValueError, match="must lie in"):
+            judge(model, bad, y)
+
+
 def test_nothing_is_called_skipped_after_a_whole_audit(trained, digits, tmp_path):  # noqa: F811
     x, y = of_test(digits, 100)
     whole = audit(trained[1], x, y, eps=0.08, version="fast", folder=tmp_path)
@@ -606,10 +667,11 @@ def test_models_are_loaded_from_files_and_torchvision(tmp_path):
         {"1.weight": torch.zeros(9, 64), "1.bias": torch.zeros(10)}, tmp_path / "shape.safetensors"
     )
     safetensors.torch.save_file({**net.state_dict(), "more": torch.zeros(1)}, tmp_path / "more.safetensors")
+    with pytest.raises(ValueError, match="takes images of 3 channels, these have 4"):
+        load_model("torchvision:resnet18", None, 10, 4)
     for source, weights, said in (
         ("net", None, "torchvision:NAME"),
         ("torchvision:resnet81", None, "did you mean"),
-        ("torchvision:resnet18", None, "takes images of 3 channels, these have 1"),
         (f"{code}:made", None, "no function 'made'"),
         (f"{code}:x", None, "no function 'x'"),
         (f"{code}:bad", None, "returns a int"),

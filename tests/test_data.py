@@ -1,6 +1,11 @@
 import gzip
+import io
 import os
+import re
 import struct
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import chisquare
+from torchvision.datasets import ImageFolder
 
 from cfol_nb import data
 from cfol_nb.config import RunConfig
-from cfol_nb.data import DataSet, ImageSet, augment, leave_out, limit, load, long_tail, prepare, split
+from cfol_nb.data import DataSet, ImageSet, Skipped, augment, leave_out, limit, load, long_tail, prepare, split
 from cfol_nb.evaluate import as_float
 from cfol_nb.files import Corrupt
+from cfol_nb.runs import folder_of
 
 
 def image_set(per_class=(40, 40, 40), side=4):
@@ -60,6 +67,17 @@ def test_split_is_stratified_disjoint_whole_and_fixed():
     again, other = split(images, 0.2, seed=3), split(images, 0.2, seed=4)
     assert torch.equal(again[1].images, part.images)
     assert not torch.equal(other[1].images, part.images)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.8])
+def test_a_split_in_place_is_the_split_without_a_second_copy(fraction):
+    images = image_set((50, 20, 5))
+    copies = split(images, fraction, seed=3)
+    parts = split(images, fraction, seed=3, in_place=True)
+    for a, b in zip(copies, parts, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert b.images.untyped_storage().data_ptr() == images.images.untyped_storage().data_ptr()
 
 
 def test_every_class_stays_in_both_parts():
@@ -135,8 +153,6 @@ def test_image_folder_is_read_exactly_and_cached(tmp_path, monkeypatch):
 
 
 def test_the_cache_key_and_the_runs_identity_change_with_the_folder(tmp_path):
-    from cfol_nb.runs import folder_of
-
     write_folder(tmp_path / "pets")
     name = f"imagefolder:{tmp_path / 'pets'}"
     config = RunConfig(dataset=name)
@@ -178,7 +194,9 @@ def test_training_and_test_images_are_of_one_size_and_as_many_channels(tmp_path)
     np.testing.assert_array_equal(got.train.images[0], 3 * [np.asarray(grey)])
     write_folder(tmp_path / "b", parts=("train",), size=(20, 10))
     write_folder(tmp_path / "b", parts=("test",), size=(16, 16))
-    with pytest.raises(ValueError, match="training images are 20x10 pixels, test images 16x16: state image_size"):
+    with pytest.raises(
+        ValueError, match=r"train/cat/0.png has 20x10 pixels, .*test/cat/0.png 16x16\): state image_size"
+    ):
         load(f"imagefolder:{tmp_path / 'b'}")
 
 
@@ -243,6 +261,319 @@ def test_bad_folders_are_refused_in_a_sentence(tmp_path, how, says):
     spoil(tmp_path / "x", how)
     with pytest.raises(ValueError, match=says):
         load(f"imagefolder:{tmp_path / 'x'}")
+
+
+# -- what lies in folders of others ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Train", "Test"),
+        ("TRAIN", "VAL"),
+        ("training", "validation"),
+        ("train_set", "test_set"),
+        ("trainset", "Test-Set"),
+        ("Training Data", "Testing Data"),
+        ("trainImages", "testImages"),
+        ("train", "dev"),
+        ("train2017", "val2017"),
+        ("seg_train", "seg_test"),
+        ("training", "Evaluation"),
+    ],
+)
+def test_splits_are_known_by_their_usual_names(tmp_path, train, test):
+    arrays = write_folder(tmp_path / "x", parts=(train, test))
+    got = load(f"imagefolder:{tmp_path / 'x'}")
+    assert got.class_names == ("cat", "dog")
+    np.testing.assert_array_equal(got.train.images[0].permute(1, 2, 0), arrays[f"{train}/cat/0"])
+    np.testing.assert_array_equal(got.test.images[11].permute(1, 2, 0), arrays[f"{test}/dog/5"])
+
+
+def test_val_is_left_alone_beside_test_and_that_is_said_once(tmp_path):
+    arrays = write_folder(tmp_path / "x", parts=("train", "val", "test", ".cache", "__MACOSX"))
+    with pytest.warns(Skipped, match=r"left out of x: what is beside train and test \(val\)$"):
+        got = load(f"imagefolder:{tmp_path / 'x'}")
+    np.testing.assert_array_equal(got.test.images[0].permute(1, 2, 0), arrays["test/cat/0"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(f"imagefolder:{tmp_path / 'x'}")
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        (("train", "Train", "test"), "exactly one is needed for training and one for testing"),
+        (("train", "training"), "look like splits, not classes: train, training; exactly one"),
+        (("val", "test"), "look like splits, not classes: test, val; exactly one"),
+        (("trainA", "trainB", "testA", "testB"), "look like splits"),
+        (("train_cropped", "test"), "look like splits"),
+        (("cat/train", "cat/test", "dog/train", "dog/test"), "cat has test, train inside: splits come first"),
+        (("train", "cows"), "only one of train/ and test/, train: both are needed"),
+    ],
+)
+def test_folders_that_look_like_splits_are_never_classes(tmp_path, parts, says):
+    write_folder(tmp_path / "x", parts=parts, n=2)
+    with pytest.raises(ValueError, match=says):
+        load(f"imagefolder:{tmp_path / 'x'}")
+
+
+def test_splits_without_classes_are_no_classes_either(tmp_path):
+    write_folder(tmp_path, parts=("x",), classes=("Train", "Test"))
+    with pytest.raises(ValueError, match=r"Train has 0 class folder"):
+        load(f"imagefolder:{tmp_path / 'x'}")
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [("bus", "train"), ("cat", "test", "zebra"), ("bus", "test_tube", "train"), ("invalid", "trainer", "valley")],
+)
+def test_a_class_may_be_called_like_a_split(tmp_path, classes):
+    write_folder(tmp_path, parts=("x",), classes=classes)
+    assert load(f"imagefolder:{tmp_path / 'x'}").class_names == classes
+
+
+def test_a_folder_is_read_as_image_folder_reads_it_and_leftovers_are_left_out(tmp_path):
+    root = tmp_path / "x"
+    write_folder(root, parts=(".",), classes=("cat.png", "dog", "dog/10", "dog/9"), n=3)
+    write_folder(tmp_path / "elsewhere", parts=(".",), classes=("eel", "young"), n=2)
+    (root / "eel").symlink_to(tmp_path / "elsewhere/eel")
+    (root / "cat.png/young.bmp").symlink_to(tmp_path / "elsewhere/young")  # twice: ImageFolder counts it twice
+    (root / "dog/young").symlink_to(tmp_path / "elsewhere/young")
+    (root / "dog/again").symlink_to(tmp_path / "elsewhere/young")
+    (root / "eel/1.png").rename(root / "eel/1.PNG")
+    want = ImageFolder(str(root))  # before what it would count, or not come to an end with
+    for name in (".ipynb_checkpoints/0-checkpoint.png", "@eaDir/0.png", "__MACOSX/._0.png", ".DS_Store"):
+        for base in (root, root / "dog", root / "dog/9"):
+            (base / name).parent.mkdir(exist_ok=True)
+            (base / name).write_bytes(b"no picture")
+    (root / "dog/up").symlink_to(root)
+    (root / "dog/9/loop").symlink_to(root / "dog")
+    for name in (
+        "labels.csv",
+        "x.zip",
+        "dog/Thumbs.db",
+        "dog/9/a.HEIC",
+        "dog/b.heic",
+        "dog/notes",
+        "dog/paper.pdf",
+        "eel/self",
+    ):
+        (root / name).symlink_to(root / name) if name == "eel/self" else (root / name).write_bytes(b"no picture")
+    Image.new("RGB", (5, 5)).save(root / "cover.png")
+    with pytest.warns(Skipped) as told:
+        got = load(f"imagefolder:{root}", split_seed=None)
+    (text,) = {str(w.message) for w in told}
+    assert "left out of x: 6 files" in text
+    assert "2 .heic" in text
+    assert re.search(r"for example (cover.png|dog/b.heic)", text)
+    assert list(got.class_names) == want.classes == ["cat.png", "dog", "eel"]
+    # ImageFolder's order inside a class is that of os.walk, another one
+    pixels = sorted((y, np.asarray(image).tobytes()) for image, y in want)
+    found = zip(got.test.labels.tolist(), got.test.images.permute(0, 2, 3, 1).numpy(), strict=True)
+    assert sorted((y, x.tobytes()) for y, x in found) == pixels
+
+
+def broken(kind: str, tmp_path: Path) -> tuple[str, bytes]:
+    """A name and the bytes of an image that is none."""
+    suffix, _, how = kind.partition(" ")
+    if how == "half":
+        file, picture = io.BytesIO(), Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8))
+        picture.save(file, Image.registered_extensions()[suffix])
+        return f"x{suffix}", file.getvalue()[: len(file.getvalue()) // 2]
+    made = {
+        "nothing": b"",
+        "a page": b"<html>not found</html>",
+        "bomb": b"P6 15000 13000 255\n",
+        "large": b"P6 10000 10000 255\n",
+        "no pixels": struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 0, 9, 24, 0),
+        "odd numbers": b"P6 9 \xff 255\n",
+        "line\nbreak": b"",
+    }
+    return (f"{how}{suffix}" if "\n" in how else f"x{suffix}"), made[how]
+
+
+HALVES = [
+    f"{s} half" for s in (".ppm", ".qoi", ".dds", ".avif", ".gif", ".tiff", ".webp", ".ico", ".jpg", ".bmp", ".tga")
+]
+OTHERS = [
+    ".png nothing",
+    ".jpg a page",
+    ".ppm bomb",
+    ".ppm large",
+    ".tga no pixels",
+    ".ppm odd numbers",
+    ".png line\nbreak",
+]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", HALVES + OTHERS)
+def test_damaged_and_hostile_images_are_refused_by_name(tmp_path, kind):
+    write_folder(tmp_path / "x", parts=(".",), n=3)
+    name, raw = broken(kind, tmp_path)
+    (tmp_path / "x/cat" / name).write_bytes(raw)
+    with pytest.raises(ValueError, match="unreadable image") as told:
+        load(f"imagefolder:{tmp_path / 'x'}")
+    assert repr(name)[1:-1] in str(told.value)
+    assert str(told.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (b"caf\xe9.png", r"caf\\udce9.png' is not UTF-8"),
+        (b"link.png", "link.png: No such file"),
+        (b"pipe.png", "no file"),
+    ],
+)
+def test_names_that_are_no_text_and_what_is_no_file_are_refused(tmp_path, name, says):
+    write_folder(tmp_path / "x", parts=(".",))
+    path = os.fsencode(tmp_path / "x/cat") + b"/" + name
+    if name == b"link.png":
+        os.symlink(b"nowhere", path)
+    elif name == b"pipe.png":
+        os.mkfifo(path)
+    else:
+        with open(path, "wb") as f:
+            f.write((tmp_path / "x/cat/0.png").read_bytes())
+    with pytest.raises(ValueError, match=says) as told:
+        load(f"imagefolder:{tmp_path / 'x'}")
+    assert str(told.value).isprintable()
+
+
+def test_odd_images_are_what_image_folder_makes_of_them(tmp_path):
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8))
+    frames = [rgb.quantize(16), rgb.rotate(90).quantize(16)]
+    write_folder(tmp_path / "x", parts=(".",), classes=("a", "b"), n=1)
+    rgb.convert("CMYK").save(tmp_path / "x/a/cmyk.tif")
+    Image.fromarray(rng.integers(0, 256, (12, 12, 4), np.uint8)).save(tmp_path / "x/a/clear.png")
+    rgb.quantize(16).save(tmp_path / "x/a/palette.png", transparency=bytes(range(16)))
+    frames[0].save(tmp_path / "x/b/moves.webp", save_all=True, append_images=frames[1:], lossless=True)
+    rgb.convert("LA").save(tmp_path / "x/b/grey.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    rgb.save(tmp_path / "x/b/turned.png", exif=exif)
+    got = load(f"imagefolder:{tmp_path / 'x'}", split_seed=None)
+    for image, (want, _) in zip(got.test.images, ImageFolder(str(tmp_path / "x")), strict=True):
+        np.testing.assert_array_equal(image.permute(1, 2, 0), want)
+
+
+@pytest.mark.parametrize("size", [0, -3, 2.5, 100_000])
+def test_a_side_that_cannot_be_is_refused_before_work(tmp_path, size):
+    write_folder(tmp_path / "x")
+    with pytest.raises(ValueError, match=rf"image_size={size}: a whole number from 1 to 9459"):
+        load(f"imagefolder:{tmp_path / 'x'}", image_size=size)
+
+
+def test_more_than_the_memory_is_refused_before_work(tmp_path, monkeypatch):
+    write_folder(tmp_path / "x")
+    monkeypatch.setattr(data, "_free", lambda: 2**30)
+    with pytest.raises(
+        ValueError, match=r"24 images of 5000x5000 pixels would need 1.7 GiB of memory, and 1.0 are free"
+    ):
+        load(f"imagefolder:{tmp_path / 'x'}", image_size=5000)
+    Image.new("RGB", (9000, 1)).save(tmp_path / "x/train/cat/0.png")
+    with pytest.raises(ValueError, match=r"0.png: 9000x1 pixels cannot be brought to a shorter side of 500"):
+        load(f"imagefolder:{tmp_path / 'x'}", image_size=500)
+
+
+def test_grey_images_can_have_three_channels_as_image_folder_has_them(tmp_path):
+    write_folder(tmp_path / "x", parts=(".",), mode="L", n=10)
+    name = f"imagefolder:{tmp_path / 'x'}"
+    got = load(name, channels=3, split_seed=None)
+    for image, (want, _) in zip(got.train.images, ImageFolder(str(tmp_path / "x")), strict=True):
+        np.testing.assert_array_equal(image.permute(1, 2, 0), want)
+    assert got.test is got.train
+    assert load(name).train.images.shape[1] == 1
+    assert load(name, channels=3).test.images.shape == (4, 3, 12, 12)
+    digits = load("digits", channels=3)
+    assert torch.equal(digits.test.images, load("digits").test.images.repeat(1, 3, 1, 1))
+    with pytest.raises(ValueError, match="channels=2: 3, or None"):
+        load(name, channels=2)
+
+
+def test_one_coloured_image_colours_the_others_wherever_it_is(tmp_path):
+    arrays = write_folder(tmp_path / "x", parts=(".",), mode="L", n=80)
+    colour = np.random.default_rng(1).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    Image.fromarray(colour).save(tmp_path / "x/dog/99.png")
+    got = load(f"imagefolder:{tmp_path / 'x'}", split_seed=None).train
+    np.testing.assert_array_equal(got.images[-1].permute(1, 2, 0), colour)
+    np.testing.assert_array_equal(got.images[0], 3 * [arrays["./cat/0"]])
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [("x", "x"), ("a:b", "a-b"), ('q"u<e>s?t*', "q-u-e-s-t"), ("l" * 250, "l" * 60), ("日本", "日本"), ("con.", "con")],
+)
+def test_the_name_of_a_run_is_one_that_file_systems_take(tmp_path, monkeypatch, where, says):
+    write_folder(tmp_path / where)
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig(dataset=f"imagefolder:{where}")
+    near, far = folder_of(config).name, folder_of(RunConfig(dataset=f"imagefolder:{tmp_path / where}")).name
+    assert re.fullmatch(re.escape(f"{says}-at-erm-s0-") + "[0-9a-f]{16}", near)
+    assert far.startswith(f"{says}-at-erm-s0-")
+    load(config.dataset)
+
+
+def test_the_memory_for_a_folder_is_little_more_than_its_images(tmp_path):
+    for root, n in (("small", 2), ("split/train", 100), ("split/test", 50), ("single", 150)):
+        for c in ("cat", "dog"):
+            (tmp_path / root / c).mkdir(parents=True)
+            for i in range(n):
+                (tmp_path / root / c / f"{i}.ppm").write_bytes(b"P6 400 400 255\n" + bytes([i]) * 480_000)
+    code = f"""if True:
+        import ctypes, re
+        from pathlib import Path
+        from cfol_nb.data import load
+        load("imagefolder:{tmp_path / "small"}").train.statistics()  # imports, too
+
+        def mib(what):
+            return int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+        for where, most in (("split", 1.5), ("split", 1.2), ("single", 1.5), ("single", 1.2)):  # building, loading
+            got = None
+            ctypes.CDLL(None).malloc_trim(0)  # what the package keeps for later
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            before = mib("VmRSS")
+            got = load(f"imagefolder:{tmp_path}/{{where}}")
+            got.train.statistics()
+            share = (mib("VmHWM") - before) / (300 * 3 * 400 * 400 / 2**20)
+            print(where, share)
+            assert len(got.train) + len(got.test) == 300
+            assert 0.9 < share <= most
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tensors_are_written_in_safetensors_own_bytes(tmp_path):
+    from safetensors.torch import load_file, save
+
+    from cfol_nb.files import read_tensors, write_tensors
+
+    types = ("float64", "int64", "float32", "int32", "bfloat16", "float16", "int16", "int8", "uint8", "bool")
+    tensors = {t: torch.arange(6).view(2, 3).to(getattr(torch, t)) for t in types}
+    tensors |= {"empty": torch.zeros(0, 2), "scalar": torch.tensor(2.5), "turned": torch.rand(3, 5).T}
+    tensors["same"] = tensors["float64"]
+    write_tensors(tmp_path / "x.safetensors", tensors, {"a": 1})
+    for found in (load_file(tmp_path / "x.safetensors"), read_tensors(tmp_path / "x.safetensors")[0]):
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+    own = {k: tensors[k].contiguous() for k in ("float64", "scalar", "turned", "uint8")}  # all in one order
+    write_tensors(tmp_path / "y.safetensors", own)
+    raw = (tmp_path / "y.safetensors").read_bytes()
+    header = {"cfol_nb": raw_header(raw)}
+    assert raw == save(own, metadata=header)
+
+
+def raw_header(raw: bytes) -> str:
+    import json
+
+    return json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]["cfol_nb"]
 
 
 @pytest.mark.parametrize(

@@ -64,19 +64,21 @@ def repeating(tf32: bool = False) -> contextlib.AbstractContextManager:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32)
 
 
-def check_images(x: Tensor) -> None:
-    """Raises ValueError unless x is floating point, finite and inside [0, 1]."""
+def check_images(x: Tensor) -> Tensor:
+    """The images, clamped to [0, 1] where rounding took them at most 1e-6 out of it. Raises ValueError unless they are
+    floating point, finite and inside."""
     if not x.is_floating_point():
         raise ValueError(f"images of type {x.dtype}: floating point in [0, 1] is needed (divide uint8 by 255)")
     low, high = (v.item() for v in x.aminmax()) if x.numel() else (0, 0)
-    if not (low >= 0 and high <= 1):
+    if not (low >= -1e-6 and high <= 1 + 1e-6):
         raise ValueError(f"images reach from {low:g} to {high:g}: they must lie in [0, 1] (normalise inside the model)")
+    return x.clamp(0, 1) if low < 0 or high > 1 else x
 
 
 def as_float(images: Tensor, dtype: torch.dtype, device) -> Tensor:
-    """uint8 images divided by 255, floating ones as they are, on the device in the given type."""
+    """uint8 images divided by 255, floating ones clamped to [0, 1], on the device in the given type."""
     x = images.to(device)
-    return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype)
+    return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype).clamp(0, 1)
 
 
 def as_labels(labels) -> Tensor:
@@ -233,7 +235,7 @@ def pgd(
     if retire and (best or targeted or restarts > 1 or loss == "kl"):
         raise ValueError("retire goes with one restart of an untargeted attack on the labels, without best")
     if check and len(x):
-        check_images(x)
+        x = check_images(x)
         for value in torch.as_tensor(eps).aminmax():
             check_radius(float(value), norm)
         if not (torch.as_tensor(step) >= 0).all():

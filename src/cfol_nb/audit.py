@@ -82,7 +82,7 @@ def load_model(source: str, weights: Path | None, num_classes: int, channels: in
         import torchvision
 
         rest = choose("model of torchvision", rest, torchvision.models.list_models(torchvision.models))
-        if channels != 3:
+        if channels not in (1, 3):  # `audit` gives grey images three
             raise ValueError(f"{source} takes images of 3 channels, these have {channels}")
         body = torchvision.models.get_model(rest, weights=None, num_classes=num_classes)
         module, model = body, nn.Sequential(Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), body)
@@ -312,6 +312,23 @@ class Audit:
         return path
 
 
+def _takes_three(model: nn.Module, image: Tensor) -> bool:
+    """Whether the model says that it takes three channels: by its first convolution, or by refusing this grey image."""
+    weight = weight_of(model)
+
+    def takes(x: Tensor) -> bool:
+        try:
+            with evaluating(model), torch.no_grad():
+                model(as_float(x, weight.dtype, weight.device))
+        except Exception:  # whatever the model's code does
+            return False
+        return True
+
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    three = first.in_channels == 3 if first else not takes(image)  # a normalisation widens grey images unasked
+    return three and takes(image.expand(-1, 3, -1, -1))
+
+
 def _checked(
     model: nn.Module, images: Tensor, labels: Tensor, class_names: Sequence[str] | None, batch_size: int
 ) -> tuple[tuple[str, ...], Tensor]:
@@ -400,8 +417,9 @@ def audit(
     """How robust is each class of this model, how sure is that, and what attacks it?
 
     model: any module that maps images in [0, 1] to (n, K) logits, on any device, in float32 or better; it is judged in
-    eval mode and left as it was. images: (N, C, H, W) uint8, or floating point in [0, 1]. labels: (N,) integers in
-    0..K-1, every class present. eps: in the unit of images in [0, 1]. norm: "linf" or "l2".
+    eval mode and left as it was. images: (N, C, H, W) uint8, or floating point in [0, 1]; grey ones are given to a
+    model that takes three channels only as three equal ones, each attacked on its own. labels: (N,) integers in 0..K-1,
+    every class present. eps: in the unit of images in [0, 1]. norm: "linf" or "l2".
     version: of AutoAttack, "standard" or "fast". worst_only: spend AutoAttack on the classes that can still be the
     worst, until one is left at 95 % confidence; the others are then attacked in part, and the outcome says so.
     minutes: a limit; images that no attack broke and AutoAttack did not come to an end with are reported as unfinished,
@@ -419,6 +437,8 @@ def audit(
         raise ValueError(f"images of shape {tuple(images.shape)}: (images, channels, height, width) is needed")
     if minutes is not None and not minutes >= 0:
         raise ValueError(f"minutes={minutes}: a number of at least 0 is needed")
+    if widened := images.shape[1] == 1 and len(images) > 0 and _takes_three(model, images[:1]):
+        images = images.expand(-1, 3, -1, -1).contiguous()
     if batch_size is None:
         room = 250 * 3 * 32 * 32 * (16 if weight_of(model).is_cuda else 1)
         batch_size = min(max(room // max(images[:1].numel(), 1), 1), 250)
@@ -524,6 +544,8 @@ def audit(
     settings["unfinished"] = int(unfinished.sum())
     if unfinished.any():
         note += f" {unfinished.sum()} images are not fully attacked: the accuracies of their classes are upper bounds."
+    if widened:
+        note += " The images are grey: the model was given each as three equal channels, attacked on their own."
     levels = [0.0, *(f * eps for f in FACTORS)]
     k = len(names)
     n = np.bincount(outcomes.labels, minlength=k)

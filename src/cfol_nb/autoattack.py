@@ -714,7 +714,7 @@ def autoattack(
     found. ValueError for bad input.
     """
     spec = AutoAttack(eps=eps, norm=norm, version=version)
-    check_images(x)
+    x = check_images(x)
     if torch.finfo(x.dtype).bits < 32:
         raise ValueError(f"images of {x.dtype}: rounding would take the points out of the ball (images.float())")
     points = x.detach().clone()

@@ -141,5 +141,4 @@ def corrupt(x: Tensor, name: str, severity: int, generator: torch.Generator | No
         raise ValueError(f"severity {severity} of {name}: 1, 2, 3, 4 or 5 is needed")
     if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 8:
         raise ValueError(f"images of shape {tuple(x.shape)}: (n, 1 or 3, H, W) with sides from 8 pixels is needed")
-    check_images(x)
-    return make(x, int(severity), generator).clamp(0, 1)
+    return make(check_images(x), int(severity), generator).clamp(0, 1)

@@ -6,12 +6,18 @@ Indices are chosen with NumPy's generator, so a split does not depend on torch's
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +25,11 @@ import torch
 from torch import Tensor
 
 from cfol_nb.config import RunConfig, choose
-from cfol_nb.files import ROOT, Corrupt, Unsigned, bar, data_dir, read_tensors, write_tensors
+from cfol_nb.files import ROOT, Corrupt, Unsigned, as_name, bar, data_dir, read_tensors, write_tensors
+
+
+class Skipped(UserWarning):
+    """Something in a folder of images was left out."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,10 @@ class ImageSet:
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel of the images in [0, 1]."""
-        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in self.images.transpose(0, 1)]).double()
+        counts = torch.zeros(self.images.shape[1], 256, dtype=torch.float64)
+        size = max(1, 2**20 // math.prod(self.images.shape[1:]))
+        for some in self.images.split(size):  # bincount copies what it counts
+            counts += torch.stack([torch.bincount(c.flatten(), minlength=256) for c in some.transpose(0, 1)])
         value = torch.arange(256, dtype=torch.float64) / 255
         mean = counts @ value / counts.sum(1)
         std = (counts @ value**2 / counts.sum(1) - mean**2).clamp_min(0).sqrt()
@@ -100,15 +113,34 @@ def _per_class(labels: Tensor, keep: Callable[[int, int], int], seed: int) -> tu
     return kept, np.setdiff1d(np.arange(len(y)), kept)
 
 
-def split(images: ImageSet, fraction: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-    """Stratified (rest, part): `part` holds the fraction of every class, at least one image and not all of it."""
+def split(images: ImageSet, fraction: float, seed: int = 0, *, in_place: bool = False) -> tuple[ImageSet, ImageSet]:
+    """Stratified (rest, part): `part` holds the fraction of every class, at least one image and not all of it.
+
+    in_place: in the memory of `images`, which must not be used any more, instead of in a copy.
+    """
     small = images.counts.min()
     if small < 2:
         raise ValueError(
             f"class {images.class_names[int(images.counts.argmin())]!r} has {int(small)} image: it cannot be split"
         )
     part, rest = _per_class(images.labels, lambda c, n: min(max(round(fraction * n), 1), n - 1), seed)
-    return images[rest], images[part]
+    if not in_place:
+        return images[rest], images[part]
+    order, n = np.concatenate([rest, part]), len(rest)
+    labels = images.labels[order]
+    _arrange(images.images.numpy(), order.tolist())
+    return tuple(ImageSet(images.images[s], labels[s], images.class_names) for s in (slice(n), slice(n, None)))
+
+
+def _arrange(rows: np.ndarray, order: list[int]) -> None:
+    """rows become rows[order] in their own memory, one row at a time along the cycles of the permutation."""
+    for start in range(len(order)):
+        if order[start] != start:
+            kept, i = rows[start].copy(), start
+            while (source := order[i]) != start:
+                rows[i] = rows[source]
+                order[i], i = i, source
+            rows[i], order[i] = kept, i
 
 
 def limit(images: ImageSet, per_class: int | None, seed: int = 0) -> ImageSet:
@@ -208,24 +240,47 @@ DATASETS = ("digits", *SOURCES, "imagefolder:PATH")
 _DIGITS = tuple("0123456789")
 
 
-def load(name: str, *, image_size: int | None = None, split_seed: int | None = 0, download: bool = False) -> DataSet:
+def load(
+    name: str,
+    *,
+    image_size: int | None = None,
+    split_seed: int | None = 0,
+    channels: int | None = None,
+    download: bool = False,
+) -> DataSet:
     """A data set by name: "digits" (embedded), one of torchvision's, or "imagefolder:PATH".
 
     image_size: side in pixels to which every image is resized (shorter side, then the centre); None keeps the stored
     size, which must then be one for all. split_seed: of the test split, where the data come without one (a third of
-    digits, a fifth of a single folder; None: a single folder is not split, both splits are all of it). download: fetch
-    what is missing into data/ (torchvision's sets only).
+    digits, a fifth of a single folder; None: a single folder is not split, both splits are all of it). channels: 3
+    gives grey images three equal channels, as torchvision's ImageFolder does; None: as they are. download: fetch what
+    is missing into data/ (torchvision's sets only).
 
-    PATH has `train/` and `test/` (or `val/`) with one folder per class, or the class folders themselves; a relative one
-    is looked for in the current folder, in the project and in data/. Decoded images are kept in data/cache/.
+    PATH has `train/` and `test/` (or, without that, `val/`) with one folder per class, in any usual spelling (Training,
+    test_set, validation), or the class folders themselves; a relative one is looked for in the current folder, in the
+    project and in data/. One that is called like a split, alone among others, is a class if images lie directly in it.
+    Images are those that Pillow reads, at any depth of a class folder, hidden ones left out, linked folders included;
+    as in ImageFolder of an animation the first picture, of transparent ones the colours, and not turned as EXIF says.
+    Grey ones beside coloured ones are coloured, too. What is left out is said once (`Skipped`). Decoded images are kept
+    in data/cache/.
     Raises ValueError for an unknown name or unusable images, FileNotFoundError for data that are not there.
     """
+    if channels not in (None, 3):
+        raise ValueError(f"channels={channels}: 3, or None for images as they are, is needed")
+    if image_size is not None and not (isinstance(image_size, int) and 1 <= image_size <= _most_pixels() ** 0.5):
+        raise ValueError(f"image_size={image_size}: a whole number from 1 to {_most_pixels() ** 0.5:.0f} is needed")
     if name == "digits":
-        return _digits(image_size, split_seed or 0)
-    if name.startswith("imagefolder:"):
-        return _imagefolder(name, image_size, split_seed)
-    make, crop, flip, side = SOURCES[choose("data set", name, DATASETS)]
-    return _from_torchvision(name, make, crop, flip, image_size or side, download)
+        found = _digits(image_size, split_seed or 0)
+    elif name.startswith("imagefolder:"):
+        found = _imagefolder(name, image_size, split_seed)
+    else:
+        make, crop, flip, side = SOURCES[choose("data set", name, DATASETS)]
+        found = _from_torchvision(name, make, crop, flip, image_size or side, download)
+    if channels and found.train.images.shape[1] != channels:
+        same, parts = found.test is found.train, (found.train, found.test)
+        train, *test = (replace(s, images=s.images.expand(-1, 3, -1, -1).contiguous()) for s in parts[: 2 - same])
+        found = replace(found, train=train, test=test[0] if test else train)
+    return found
 
 
 def fingerprint(name: str) -> str:
@@ -244,6 +299,13 @@ def _digits(image_size: int | None, split_seed: int) -> DataSet:
     return DataSet("digits", train, test, crop=0, flip=False)
 
 
+def _most_pixels() -> int:
+    """Of one image, Pillow's limit against files that are small and decode to more than the memory."""
+    from PIL import Image
+
+    return Image.MAX_IMAGE_PIXELS or 2**31
+
+
 def _resize(image, side: int | None):
     """A PIL image with its shorter side brought to `side`, then its centre cut out."""
     from PIL import Image
@@ -252,39 +314,86 @@ def _resize(image, side: int | None):
         return image
     w, h = image.size
     w, h = max(side, round(w * side / min(w, h))), max(side, round(h * side / min(w, h)))
+    if w * h > _most_pixels():
+        raise ValueError(f"{image.width}x{image.height} pixels cannot be brought to a shorter side of {side}")
     image = image.resize((w, h), Image.Resampling.BILINEAR)
     left, top = (w - side) // 2, (h - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
+def _shown(item) -> str:
+    """A path, or the number of an image, on one line and without what cannot be printed."""
+    return text if (text := str(item)).isprintable() else repr(text)
+
+
+def _free() -> int:
+    """Bytes of memory that can be had, as far as the system says."""
+    known = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+)", known.read_text()) if known.exists() else None
+    return int(found[1]) << 10 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _decode(items: Iterable, open_image: Callable, side: int | None, label: str) -> Tensor:
-    """(N, C, H, W) uint8 on all cores; one channel if every image is grey. PIL releases the lock while it decodes."""
-    items = list(items)
+    """(N, C, H, W) uint8 on all cores; one channel if every image is grey. PIL releases the lock while it decodes.
+
+    Peak memory is the tensor that is returned, and an image for each core.
+    """
+    items, most, cores = list(items), _most_pixels(), len(os.sched_getaffinity(0))
 
     def one(item) -> tuple[np.ndarray, bool]:
+        """(H, W, 3) and whether it was grey."""
         try:
-            image = open_image(item)
-            if image.mode[0] in "IF":
-                raise ValueError(f"image {item} has {image.mode} pixels: 8 bits a channel are needed, convert it first")
-            grey = image.mode in ("L", "1")
-            return np.asarray(_resize(image.convert("RGB"), side)), grey
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"unreadable image {item}: {error}") from error
+            with open_image(item) as image:
+                if not 0 < math.prod(image.size) <= most:
+                    raise ValueError(f"it has {image.width}x{image.height} pixels, 1 to {most} in all are allowed")
+                if image.mode[0] in "IF":
+                    raise ValueError(f"it has {image.mode} pixels: 8 bits a channel are needed, convert it first")
+                grey = image.mode in ("L", "1")
+                return np.asarray(_resize(image.convert("RGB"), side)), grey
+        except Exception as error:  # Pillow's readers raise anything at damaged files
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"unreadable image {_shown(item)}: {reason}") from error
 
-    first, _ = one(items[0])
-    out, every_grey = np.empty((len(items), *first.shape), np.uint8), True
-    progress = bar(len(items), label)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, progress:
-        for i, (array, grey) in enumerate(pool.map(one, items)):
-            if array.shape != first.shape:
-                raise ValueError(
-                    f"images differ in size ({first.shape[1]}x{first.shape[0]} and "
-                    f"{array.shape[1]}x{array.shape[0]} pixels): state image_size, for example image_size=32"
-                )
-            out[i], every_grey = array, every_grey and grey
-            progress.update()
-    images = torch.from_numpy(out).permute(0, 3, 1, 2)
-    return (images[:, :1] if every_grey else images).contiguous()
+    first, first_grey = one(items[0])
+    h, w, _ = first.shape
+
+    def all_of(channels: int) -> Tensor | None:
+        """The images, or None if one is coloured and there is but one channel."""
+        need = len(items) * channels * h * w
+        if need > (free := _free()):
+            raise ValueError(
+                f"{len(items)} images of {w}x{h} pixels would need {need / 2**30:.1f} GiB of memory, and "
+                f"{free / 2**30:.1f} are free: state a smaller image_size, or use fewer images"
+            )
+        out = torch.empty((len(items), channels, h, w), dtype=torch.uint8)
+        rows, some = out.numpy(), max(1, min(64, len(items) // (8 * cores)))
+
+        def put(start: int) -> bool:
+            for i in range(start, min(start + some, len(items))):
+                array, grey = one(items[i])
+                if array.shape != first.shape:
+                    raise ValueError(
+                        f"images differ in size ({_shown(items[0])} has {w}x{h} pixels, {_shown(items[i])} "
+                        f"{array.shape[1]}x{array.shape[0]}): state image_size, for example image_size=32"
+                    )
+                if channels == 1 and not grey:
+                    return False
+                rows[i] = array.transpose(2, 0, 1)[:channels]
+            return True
+
+        pool, starts = ThreadPoolExecutor(cores), range(0, len(items), some)
+        try:
+            with bar(len(items), label) as progress:
+                for start, fits in zip(starts, pool.map(put, starts), strict=True):
+                    if not fits:
+                        return None
+                    progress.update(min(some, len(items) - start))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return out
+
+    grey = all_of(1) if first_grey else None
+    return all_of(3) if grey is None else grey
 
 
 def _cached(
@@ -292,7 +401,7 @@ def _cached(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors and class names from data/cache/, made first if the file is missing or of another key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path = data_dir() / "cache" / f"{stem}-{digest}.safetensors"
+    path = data_dir() / "cache" / f"{as_name(stem)}-{digest}.safetensors"
     with contextlib.suppress(FileNotFoundError, Unsigned):  # not there, or of an earlier version
         tensors, meta = read_tensors(path)
         if meta["key"] != key:
@@ -309,25 +418,25 @@ def _dataset(name: str, tensors: dict[str, Tensor], names: list[str], crop: int,
 
 
 def _from_torchvision(name: str, make: Callable, crop: int, flip: bool, side: int | None, download: bool) -> DataSet:
+    def part(train: bool) -> tuple[Tensor, Tensor, list | None]:
+        try:
+            source = make(data_dir(), train, download)
+        except RuntimeError as error:
+            if "not found" not in str(error).lower() and "download" not in str(error).lower():
+                raise
+            raise FileNotFoundError(
+                f"{name} is not in {data_dir()}: fetch it with `cfol-nb fetch {name}` or load({name!r}, "
+                "download=True), set CFOL_NB_DATA to the folder that holds it, or use imagefolder:PATH"
+            ) from error
+        return *_arrays(source, side, f"{name} {'train' if train else 'test'}"), getattr(source, "classes", None)
+
     def read() -> tuple[dict[str, Tensor], list[str]]:
-        tensors, names = {}, None
-        for train in (True, False):
-            try:
-                source = make(data_dir(), train, download)
-            except RuntimeError as error:
-                if "not found" not in str(error).lower() and "download" not in str(error).lower():
-                    raise
-                raise FileNotFoundError(
-                    f"{name} is not in {data_dir()}: fetch it with `cfol-nb fetch {name}` or load({name!r}, "
-                    "download=True), set CFOL_NB_DATA to the folder that holds it, or use imagefolder:PATH"
-                ) from error
-            part = "train" if train else "test"
-            tensors[f"{part}.images"], tensors[f"{part}.labels"] = _arrays(source, side, f"{name} {part}")
-            found = getattr(source, "classes", None) or sorted(
-                set(map(str, tensors[f"{part}.labels"].tolist())), key=int
-            )
-            names = names or [c if isinstance(c, str) else c[0] for c in found]
-        return tensors, names
+        images, labels, found = part(True)
+        test_images, test_labels, _ = part(False)
+        found = found or sorted(set(map(str, labels.tolist())), key=int)
+        tensors = {"train.images": images, "train.labels": labels}
+        tensors |= {"test.images": test_images, "test.labels": test_labels}
+        return tensors, [c if isinstance(c, str) else c[0] for c in found]
 
     tensors, names = _cached(name, {"source": name, "side": side}, read)
     return _dataset(name, tensors, names, crop, flip)
@@ -352,7 +461,7 @@ def _arrays(source, side: int | None, label: str) -> tuple[Tensor, Tensor]:
 def _find(name: str) -> Path:
     path = Path(name.removeprefix("imagefolder:")).expanduser()
     for base in (Path.cwd(), ROOT, data_dir(), data_dir().parent):
-        if (base / path).is_dir():
+        if name != "imagefolder:" and (base / path).is_dir():
             return (base / path).resolve()
     raise FileNotFoundError(
         f"no folder {path} (looked in the current folder, the project, and {data_dir()}): "
@@ -360,70 +469,177 @@ def _find(name: str) -> Path:
     )
 
 
-def _classes(folder: Path) -> list[str]:
-    """Class folders in the order of torchvision's ImageFolder, in which models of others know them: 10 before 2."""
-    return sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+# what systems and programs leave beside images; names that begin with a dot are hidden anyway
+_LEFTOVERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+_LEFTOVERS |= {"thumbs.db", "desktop.ini"}
+_SPLIT = re.compile(
+    r"(?<![^\W\d_])(?:(train|training|train[ _-]?val)|(val|valid|validation|validate|dev|eval|evaluation)|"
+    r"(tests?|testing))(?:[ _.-]*(?:sets?|data|splits?|images?|imgs?|folder|dir))*(?![^\W\d_])"
+)
 
 
-def _listing(root: Path) -> tuple[dict[str, list[tuple[str, list[Path]]]], str]:
-    """{part: [(class, files)]} and a hash of every file's path, size and time."""
+def _part(folder: Path) -> tuple[str, str]:
+    """If a folder is called like a split: "train", "val" or "test", else ""; and the rest of its name."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder.name).lower()
+    found = _SPLIT.search(name)
+    part = ("train", "val", "test")[found.lastindex - 1] if found else ""
+    return part, " ".join(re.findall(r"[^\W\d_]+", _SPLIT.sub(" ", name)))
+
+
+@functools.cache
+def _suffixes() -> frozenset[str]:
+    """Of the images that Pillow reads here; it knows more, which it writes or passes on."""
     from PIL import Image
 
-    known = set(Image.registered_extensions())
-    test = next((t for t in ("test", "val") if (root / t).is_dir()), None)
-    if (root / "train").is_dir() != (test is not None):
-        raise ValueError(f"{root} has only one of train/ and test/: both are needed, or the class folders themselves")
-    parts = {"train": root / "train", "test": root / test} if test else {"train": root}
-    h, out = hashlib.sha256(), {}
-    for part, folder in parts.items():
-        out[part] = []
-        for c in _classes(folder):
-            files = sorted(
-                f for f in (folder / c).rglob("*") if f.suffix.lower() in known and not f.name.startswith(".")
+    other = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind not in other)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _suffixes()
+
+
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(folders, files) that are not hidden, in the order of torchvision's ImageFolder, in which models of others know
+    classes: 10 before 2. Linked ones are what they lead to."""
+    folders, files = [], []
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        if entry.name[0] != "." and entry.name.lower() not in _LEFTOVERS:
+            linked = entry.is_symlink() and os.path.isdir(entry.path)  # a link that leads in a circle is a file
+            (folders if linked or entry.is_dir(follow_symlinks=False) else files).append(folder / entry.name)
+    return folders, files
+
+
+def _holds_images(folder: Path) -> bool:
+    """Directly, not in folders inside."""
+    return any(map(_is_image, _entries(folder)[1]))
+
+
+def _below(folder: Path, *above: Path) -> Iterator[Path]:
+    """Files at any depth; a link back to a folder that it lies in, or to one `above`, is not followed."""
+
+    def mark(path: Path) -> tuple[int, int]:
+        s = path.stat()
+        return s.st_dev, s.st_ino
+
+    todo = [(folder, frozenset(map(mark, above)))]
+    while todo:
+        here, passed = todo.pop()
+        if (own := mark(here)) not in passed:
+            folders, files = _entries(here)
+            yield from files
+            todo += [(f, passed | {own}) for f in folders]
+
+
+def _splits(root: Path, folders: list[Path]) -> dict[str, Path]:
+    """{"train": one of the folders, "test" or "val" or both: others} if they are called so, {} if they are not.
+
+    Raises ValueError for folders that look like splits, of which no such choice can be made.
+    """
+    groups: dict[str, dict[str, list[Path]]] = {}  # rest of the name: part: folders
+    for folder in folders:
+        part, rest = _part(folder)
+        if part and not (rest and _holds_images(folder)):  # test_tube is a class, unless classes lie in it
+            groups.setdefault(rest, {}).setdefault(part, []).append(folder)
+    found = [f.name for parts in groups.values() for same in parts.values() for f in same]
+    if len({part for parts in groups.values() for part in parts}) < 2 > sum(map(len, groups.get("", {}).values())):
+        return {}
+    pairs = [parts for parts in groups.values() if "train" in parts and len(parts) > 1]
+    if len(pairs) != 1 or any(len(same) > 1 for same in pairs[0].values()):
+        raise ValueError(
+            f"{_shown(root)} has folders that look like splits, not classes: {_shown(', '.join(found))}; "
+            "exactly one is needed for training and one for testing, such as train and test, or train and val"
+        )
+    return {part: same[0] for part, same in pairs[0].items()}
+
+
+def _listing(root: Path) -> tuple[dict[str, list[tuple[str, list[Path]]]], str, str]:
+    """{part: [(class, files)]}, a hash of every file's path, size and time, and in words what is left out."""
+    folders, loose = _entries(root)
+    splits = _splits(root, folders)
+    parts = {"train": splits["train"], "test": splits.get("test") or splits["val"]} if splits else {"train": root}
+    for folder in folders if not splits else ():
+        part, rest = _part(folder)
+        if part and not rest and not _holds_images(folder):
+            raise ValueError(
+                f"{_shown(root)} has only one of train/ and test/, {_shown(folder.name)}: both are needed, or the "
+                "class folders themselves (a class that is called so has images directly in it)"
             )
+    h, out, other = hashlib.sha256(), {}, [f for f in loose if _is_image(f)]
+    for part, folder in parts.items():
+        out[part], (classes, loose) = [], _entries(folder)
+        other += [f for f in loose if splits and _is_image(f)]
+        for inside in (folder, *classes) if splits else classes:
+            if nested := _splits(inside, _entries(inside)[0]):
+                names = ", ".join(f.name for f in nested.values())
+                raise ValueError(f"{_shown(inside)} has {names} inside: splits come first, and classes in them")
+        for c in classes:
+            every = sorted(_below(c, root, folder))
+            files = [f for f in every if _is_image(f)]
+            other += [f for f in every if not _is_image(f)]
             if not files:
-                raise ValueError(f"class folder {folder / c} has no images")
-            out[part].append((c, files))
+                unknown = f" that Pillow reads here (but {_shown(every[0].name)})" if every else ""
+                raise ValueError(f"class folder {_shown(c)} has no images{unknown}")
+            out[part].append((c.name, files))
             for f in files:
-                stat = f.stat()
-                h.update(f"{part}/{f.relative_to(folder)}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
-    if test:
+                try:
+                    s = f.stat()
+                    if not stat.S_ISREG(s.st_mode):
+                        raise ValueError(f"unreadable image {_shown(f)}: it is no file")
+                    h.update(f"{part}/{f.relative_to(folder)}:{s.st_size}:{s.st_mtime_ns}\n".encode())
+                except OSError as error:
+                    raise ValueError(f"unreadable image {_shown(f)}: {error.strerror}") from error
+                except UnicodeEncodeError:
+                    raise ValueError(f"the name {_shown(f)} is not UTF-8: rename it") from None
+        if len(classes) < 2:
+            raise ValueError(f"{_shown(folder)} has {len(classes)} class folder(s): at least 2 are needed")
+    left = []
+    if splits:
         a, b = ({c for c, _ in out[p]} for p in ("train", "test"))
         if a != b:
-            raise ValueError(f"class folders differ: only in train: {sorted(a - b)}, only in {test}: {sorted(b - a)}")
-    if len(out["train"]) < 2:
-        raise ValueError(f"{root} has {len(out['train'])} class folder(s): at least 2 are needed")
-    return out, h.hexdigest()
+            raise ValueError(
+                f"class folders differ: only in {parts['train'].name}: {sorted(a - b)}, "
+                f"only in {parts['test'].name}: {sorted(b - a)}"
+            )
+        if beside := [f.name for f in folders if f not in parts.values()]:
+            left.append(f"what is beside {parts['train'].name} and {parts['test'].name} ({', '.join(beside)})")
+    if other:
+        kinds = Counter(f.suffix.lower() or "without a suffix" for f in other).most_common(5)
+        left.append(
+            f"{len(other)} files that Pillow does not read here or that lie in no class folder "
+            f"({', '.join(f'{n} {kind}' for kind, n in kinds)}; for example {other[0].relative_to(root)})"
+        )
+    return out, h.hexdigest(), _shown(" and ".join(left)) if left else ""
 
 
-def _imagefolder(name: str, side: int | None, split_seed: int) -> DataSet:
+@functools.cache
+def _say(root: Path, left: str) -> None:
+    """Once of each state of a folder."""
+    warnings.warn(f"left out of {_shown(root.name)}: {left}", Skipped, stacklevel=4)
+
+
+def _imagefolder(name: str, side: int | None, split_seed: int | None) -> DataSet:
     from PIL import Image
 
     root = _find(name)
-    listing, key = _listing(root)
+    listing, key, left = _listing(root)
+    if left:
+        _say(root, left)
 
     def read() -> tuple[dict[str, Tensor], list[str]]:
+        sizes = {part: [len(files) for _, files in classes] for part, classes in listing.items()}
+        files = [f for classes in listing.values() for _, own in classes for f in own]
+        images = _decode(files, Image.open, side, f"decoding {_shown(root.name)}").split([*map(sum, sizes.values())])
         tensors = {}
-        for part, classes in listing.items():
-            files = [f for _, fs in classes for f in fs]
-            tensors[f"{part}.images"] = _decode(files, Image.open, side, f"decoding {root.name}/{part}")
-            tensors[f"{part}.labels"] = torch.cat([torch.full((len(fs),), c) for c, (_, fs) in enumerate(classes)])
-        images = {k: v for k, v in tensors.items() if k.endswith("images")}
-        (_, h, w), *others = (v.shape[1:] for v in images.values())
-        for _, *size in others:
-            if size != [h, w]:
-                raise ValueError(
-                    f"training images are {w}x{h} pixels, test images {size[1]}x{size[0]}: "
-                    "state image_size, for example image_size=32"
-                )
-        channels = max(v.shape[1] for v in images.values())  # grey ones beside coloured ones are coloured, too
-        tensors |= {k: v.expand(-1, channels, -1, -1).contiguous() for k, v in images.items()}
+        for part, own in zip(sizes, images, strict=True):
+            tensors[f"{part}.images"] = own
+            tensors[f"{part}.labels"] = torch.arange(len(sizes[part])).repeat_interleave(torch.tensor(sizes[part]))
         return tensors, [c for c, _ in listing["train"]]
 
     tensors, names = _cached(root.name, {"listing": key, "side": side}, read)
     if "test.images" not in tensors:
         whole = ImageSet(tensors["train.images"], tensors["train.labels"], tuple(names))
-        parts = (whole, whole) if split_seed is None else split(whole, 0.2, split_seed)
+        parts = (whole, whole) if split_seed is None else split(whole, 0.2, split_seed, in_place=True)
         return DataSet(name, *parts, crop=4, flip=True)
     return _dataset(name, tensors, names, crop=4, flip=True)
 
@@ -431,7 +647,8 @@ def _imagefolder(name: str, side: int | None, split_seed: int) -> DataSet:
 def prepare(config: RunConfig) -> tuple[ImageSet, ImageSet, DataSet]:
     """(training images, held-out images, the data set cut down to these and to the limited test split) of a run."""
     data = load(config.dataset, image_size=config.image_size, split_seed=config.split_seed)
-    train, held = split(limit(data.train, config.train_limit, config.split_seed), config.holdout, config.split_seed)
+    some = limit(data.train, config.train_limit, config.split_seed)
+    train, held = split(some, config.holdout, config.split_seed, in_place=True)
     if config.imbalance:
         train = long_tail(train, config.imbalance.kind, config.imbalance.factor, config.split_seed)
     test = limit(data.test, config.test_limit, config.split_seed)
@@ -471,6 +688,7 @@ __all__ = [
     "Corrupt",
     "DataSet",
     "ImageSet",
+    "Skipped",
     "augment",
     "fingerprint",
     "leave_out",

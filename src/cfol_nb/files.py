@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dis
-import errno
 import fcntl
 import functools
 import hashlib
@@ -49,6 +48,11 @@ def data_dir() -> Path:
 def runs_dir() -> Path:
     """`runs/`, or where CFOL_NB_RUNS says."""
     return Path(os.environ.get("CFOL_NB_RUNS") or ROOT / "runs").expanduser()
+
+
+def as_name(text: str) -> str:
+    """A text as part of a file's name: letters, digits, "_", "-" and inner dots, at most 60 bytes of them."""
+    return re.sub(r"[^\w.-]+", "-", text).encode("utf-8", "ignore")[:60].decode("utf-8", "ignore").strip(".-")
 
 
 @contextlib.contextmanager
@@ -146,24 +150,32 @@ def digest(path: Path) -> str:
     return given.decode()
 
 
+def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file straight from the tensors' memory: safetensors' `save` copies all of it first, and `save_file`
+    leaves a file behind when it is killed, and none that others may read."""
+    import torch
+
+    names, header, end = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k)), {"__metadata__": metadata}, 0
+    for name in names:
+        t = tensors[name]
+        kind = re.sub("float|uint|int", lambda found: found[0][0], str(t.dtype).removeprefix("torch.")).upper()
+        start, end = end, end + t.nbytes
+        header[name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            f.write(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()))
+
+
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], meta: dict | None = None) -> None:
     """One safetensors file: the tensors, `meta` as JSON, and a SHA-256 of all of it; equal input, equal bytes."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    seen: set[int] = set()  # safetensors refuses memory that is shared
-    flat = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        flat[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # one key, because the order of several is not fixed
     header = {"cfol_nb": "0" * 64 + json.dumps(meta or {}, sort_keys=True, allow_nan=False)}
     with replacing(path) as part:
-        try:
-            save_file(flat, part, metadata=header)
-        except SafetensorError as error:
-            raise OSError(errno.EIO, str(error)) from error
+        _save(part, flat, header)
         with open(part, "r+b") as f:
             f.seek(_DIGEST)
             f.write(_tensors_digest(part).encode())

@@ -39,7 +39,7 @@ from torch import nn
 
 from cfol_nb.attacks import one_thread, repeating
 from cfol_nb.config import RunConfig, as_attack, choose
-from cfol_nb.data import DataSet, ImageSet, fingerprint, prepare
+from cfol_nb.data import DataSet, ImageSet, Skipped, fingerprint, prepare
 from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.features import REMAKES, remake_steps
 from cfol_nb.files import (
@@ -49,6 +49,7 @@ from cfol_nb.files import (
     Corrupt,
     Unsigned,
     alone,
+    as_name,
     bar,
     code_hash,
     digest,
@@ -178,7 +179,8 @@ def name_of(config: RunConfig, data: str) -> str:
     state = data + (name_of(config.parent, data) if config.parent else "")
     key = hashlib.sha256((config.key() + state).encode()).hexdigest()[:16]
     images = Path(config.dataset.removeprefix("imagefolder:")).name
-    return "-".join((images, config.objective["name"], config.method["name"], f"s{config.seed}", key))
+    words = (images, config.objective["name"], config.method["name"], f"s{config.seed}", key)
+    return "-".join(filter(None, map(as_name, words)))
 
 
 def folder_of(config: RunConfig) -> Path:
@@ -423,7 +425,8 @@ def _replace(folder: Path, new: Path) -> None:
 def _start_worker(devices, threads: int, environment: dict[str, str]) -> None:
     """In a local process: one device of its own, and an end when its parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    warnings.simplefilter("ignore", Diverging)  # the caller of `compute` hears of it
+    for told in (Diverging, Skipped):  # the caller of `compute` hears of it
+        warnings.simplefilter("ignore", told)
     os.environ.clear()  # that of the server, which may be older than a change
     os.environ.update(environment)
     torch.set_num_threads(threads)
