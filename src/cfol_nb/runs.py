@@ -54,6 +54,7 @@ from cfol_nb.files import (
 )
 from cfol_nb.methods import METHODS
 from cfol_nb.models import MODELS
+from cfol_nb.samplers import LargeStep
 from cfol_nb.stats import counts
 from cfol_nb.train import Diverging, check, make_model, new_model, step_passes, train
 
@@ -345,6 +346,7 @@ def _start_worker(devices, threads: int, environment: dict[str, str]) -> None:
     """In a local process: one device of its own, and an end when its parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     warnings.simplefilter("ignore", Diverging)  # the caller of `compute` hears of it
+    warnings.simplefilter("ignore", LargeStep)  # which is of no harm in itself
     os.environ.clear()  # that of the server, which may be older than a change
     os.environ.update(environment)
     torch.set_num_threads(threads)
