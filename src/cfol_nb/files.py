@@ -106,8 +106,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], meta: dict | Non
     flat = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        flat[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+        memory = tensor.untyped_storage().data_ptr()  # also of tensors that overlap
+        flat[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
     # one key, because the order of several is not fixed
     header = {"cfol_nb": json.dumps({"meta": meta or {}, "sha256": _digest(flat)}, sort_keys=True)}
     with replacing(path) as part:
