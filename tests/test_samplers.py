@@ -242,7 +242,7 @@ class TestBoth:
 
     @pytest.mark.parametrize("p", [NAN, INF, 0, -0.1, 1.1, [0.1, 0.0, 0.2], [0.1, 0.2]])
     def test_probabilities_that_are_none_are_refused(self, kind, p):
-        with pytest.raises(ValueError, match="p of shape|probabilities reach"):
+        with pytest.raises(ValueError, match=r"p of shape|probabilities reach"):
             kind().update(torch.tensor([0, 1, 2]), torch.ones(3), p=p)
 
     @pytest.mark.parametrize("arm", [-1, 170])
