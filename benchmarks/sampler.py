@@ -70,7 +70,7 @@ def show(name: str, times: list[float], base: list[float] | None = None) -> floa
 
 def step(sampler, arm: torch.Tensor):
     """Draw a batch and tell the sampler what it suffered; arm: what `update` wants to know of each image."""
-    wrong = (torch.arange(BATCH) % 3 == 0).double()
+    wrong = torch.arange(BATCH) % 3 == 0
 
     def work() -> None:
         sampler.update(arm[sampler.draw(BATCH)], wrong)

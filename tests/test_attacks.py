@@ -1,9 +1,15 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from cfol_nb.attacks import fgsm, kl, margin, pgd
+from cfol_nb.audit import audit
+from cfol_nb.autoattack import autoattack
+from cfol_nb.evaluate import evaluate
 
 
 def generator(seed=0):
@@ -227,3 +233,193 @@ def test_retiring_keeps_the_first_point_that_is_misclassified(curved, images, no
     assert len(path[0]) == 16 > len(path[-1])  # rows were dropped
     with pytest.raises(ValueError, match="retire"):
         pgd(curved, images, labels, 0.1, restarts=2, retire=True)
+
+
+# -- what every entry to an attack makes of its input ------------------------------------------------------------------
+
+ENTRIES = {
+    "pgd": lambda model, x, y: pgd(model, x, y, 0.1, 0.05, 3, random_start=False),
+    "autoattack": lambda model, x, y: autoattack(model, x, y, 0.1, version="fast"),
+    "evaluate": lambda model, x, y: evaluate(
+        model, x, y, {"p": {"eps": 0.1, "step": 0.05, "steps": 3, "random_start": False}}, checks=0
+    ).predictions["p"],
+    "audit": lambda model, x, y: audit(model, x, y, eps=0.1, version="fast", show=0).outcomes.predictions["pgd20"],
+}
+each_entry = pytest.mark.parametrize("enter", ENTRIES.values(), ids=ENTRIES)
+
+
+class Net(nn.Sequential):
+    """A small network, and what a model's code may do to its input or its logits."""
+
+    def __init__(self, does=lambda x: x, says=lambda z: z, dtype=torch.float64):
+        torch.manual_seed(0)
+        super().__init__(nn.Flatten(), nn.Linear(36, 8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 3))
+        self.to(dtype)
+        self.does, self.says, self.failing = does, says, math.inf
+
+    def forward(self, x):
+        self.failing -= 1
+        if self.failing < 0:
+            raise ArithmeticError("a fault of the model")
+        return self.says(super().forward(self.does(x)))
+
+
+def some(n=12):
+    x = torch.rand(n, 1, 6, 6, dtype=torch.float64, generator=generator())
+    return x, torch.arange(n) % 3
+
+
+def _in_no_grad(x):
+    with torch.no_grad():
+        x.sub_(0.5)
+    return x
+
+
+def _of_data(x):
+    x.data.mul_(0.5)
+    return x
+
+
+def _some_pixels(x):
+    x[:, :, 0] = 0
+    return x
+
+
+@each_entry
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        *((Net(does), "changes its input in place") for does in (lambda x: x.sub_(0.5), _in_no_grad, _of_data)),
+        *((Net(does), "changes its input in place") for does in (_some_pixels, lambda x: x.clamp_(0, 1))),
+        (Net(says=lambda z: z.bfloat16()), "logits are torch.bfloat16: attacks are judged in float32"),
+        (Net(says=lambda z: z.half()), "logits are torch.float16"),
+        (Net(dtype=torch.bfloat16), "the model computes in torch.bfloat16"),
+        (Net(says=lambda z: z.detach()), "no gradient with respect to the images"),
+        (Net(says=lambda z: (z, z)), "returns a tuple"),
+        (Net(says=lambda z: z[:, 0]), r"logits of shape \(images, classes\)"),
+        (lambda x: x.flatten(1)[:, :3], "is a function: a torch.nn.Module"),
+    ],
+)
+def test_models_that_cannot_be_attacked_are_refused_and_the_images_stay(enter, model, says):
+    x, y = some()
+    given = x.clone()
+    with pytest.raises(ValueError, match=says):
+        enter(model, x, y)
+    assert torch.equal(x, given)
+
+
+@each_entry
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        (lambda x, y: (255 * x, y), "must lie in"),
+        (lambda x, y: ([*x.tolist(), None], y), "no tensor"),
+        (lambda x, y: (x, y + 1), "labels reach from 1 to 3, but the model has 3 outputs"),
+        (lambda x, y: (x, y - 1), "labels reach from -1 to 1"),
+        (lambda x, y: (x, y.double()), "one integer per image"),
+        (lambda x, y: (x, y[:5]), "5 labels"),
+        (lambda x, y: (x, ["a"] * len(y)), "no tensor"),
+    ],
+)
+def test_input_that_is_none_is_refused(enter, form, says):
+    with pytest.raises(ValueError, match=says):
+        enter(Net(), *form(*some()))
+
+
+@each_entry
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, y: (x.numpy(), y.numpy()),
+        lambda x, y: (x.numpy().astype(">f8").astype("f8"), y.numpy().astype(np.uint8)),
+        lambda x, y: (x.tolist(), y.tolist()),
+        lambda x, y: (x.clone().requires_grad_(), y.int()),
+        lambda x, y: (x.transpose(2, 3).contiguous().transpose(2, 3), y.repeat_interleave(2)[::2]),
+        lambda x, y: tuple(_inference(v) for v in (x, y)),
+    ],
+    ids=["numpy", "numpy uint8", "lists", "wants gradients", "strided", "inference"],
+)
+def test_input_of_any_form_says_the_same(enter, form):
+    x, y = some()
+    want = torch.as_tensor(enter(Net(), x, y))
+    given = form(x, y)
+    got = torch.as_tensor(enter(Net(), *given))
+    torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=1e-6 * isinstance(given[0], list))
+    assert not getattr(got, "requires_grad", False)
+    assert torch.equal(torch.as_tensor(given[0]).detach().to(torch.float32), x.float())
+
+
+def _inference(v):
+    with torch.inference_mode():
+        return v.clone()
+
+
+@each_entry
+def test_inference_mode_is_refused(enter):
+    x, y = some()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"inside torch.inference_mode"):
+        enter(Net(), x, y)
+    with torch.inference_mode():
+        net = Net()
+    with pytest.raises(ValueError, match=r"was made inside torch.inference_mode"):
+        enter(net, x, y)
+    with torch.no_grad():  # is fine
+        enter(Net(), x, y)
+
+
+@each_entry
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_a_model_that_fails_is_left_as_it_was(enter, calls):
+    model, (x, y) = Net(), some()
+    model[1].weight.requires_grad_(False)
+    model[2].eval()
+    model[4].bias.grad = torch.ones(3).double()
+    before = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    model.failing, threads, enabled = calls, torch.get_num_threads(), torch.is_grad_enabled()
+    with pytest.raises((ArithmeticError, ValueError), match="a fault of the model"):
+        enter(model, x, y)
+    assert ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]) == before
+    assert model[4].bias.grad.tolist() == [1, 1, 1]
+    assert model[1].bias.grad is None
+    assert (torch.get_num_threads(), torch.is_grad_enabled()) == (threads, enabled)
+
+
+def test_under_autocast_looks_may_be_had_but_no_judgement():
+    model, (x, y) = Net(dtype=torch.float32), some()
+    with torch.autocast("cpu", torch.bfloat16):
+        ENTRIES["evaluate"](model, x, y)
+        assert ENTRIES["pgd"](model, x, y).dtype == torch.float32
+        for enter in (ENTRIES["autoattack"], ENTRIES["audit"]):
+            with pytest.raises(ValueError, match=r"logits are torch.bfloat16"):
+                enter(model, x, y)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("eps", [0.1, 0.0005, 0.0])
+def test_kl_finds_something_without_a_random_start(curved, images, norm, eps):
+    """At the image itself the divergence has its minimum, 0, and no gradient."""
+    y = curved.eval()(images).argmax(1)
+    a, b, c = (
+        pgd(curved, images, y, eps, eps / 4, 10, norm=norm, loss="kl", random_start=False, generator=generator(s))
+        for s in (0, 0, 1)
+    )
+    assert torch.equal(a, b)
+    assert eps == 0 or not torch.equal(a, c)
+    d = a - images
+    assert (d.abs().amax() if norm == "linf" else d.flatten(1).norm(dim=1).max()) <= eps + 1e-12
+    assert 0 <= a.min() <= a.max() <= 1
+    with torch.no_grad():
+        p, q = (curved(v).log_softmax(1) for v in (images, a))
+        start = (images + 0.001 * torch.randn(images.shape, generator=generator(), dtype=images.dtype)).clamp(0, 1)
+        first = curved(start).log_softmax(1)
+    found, at_first = ((p.exp() * (p - z)).sum(1) for z in (q, first))
+    assert eps < 0.1 or (found > 10 * at_first).all()
+
+
+def test_kl_without_a_random_start_in_an_evaluation(curved, images):
+    y = curved.eval()(images).argmax(1)
+    how = {"eps": 0.3, "step": 0.1, "steps": 10, "loss": "kl"}
+    both = ({"kl": {**how, "random_start": random}} for random in (True, False))
+    got = [evaluate(curved, images, y, attacks, checks=0).correct("kl") for attacks in both]
+    assert got[1].mean() < 0.7
+    assert abs(got[0].mean() - got[1].mean()) < 0.2

@@ -18,13 +18,14 @@ from cfol_nb import audit as module
 from cfol_nb import autoattack as aa
 from cfol_nb import stats
 from cfol_nb.attacks import pgd
-from cfol_nb.audit import audit, load_model, unseen
+from cfol_nb.audit import audit, load_model, load_weights, unseen
 from cfol_nb.autoattack import autoattack
 from cfol_nb.checks import checklist, rarer
 from cfol_nb.checks import said as sentence
 from cfol_nb.corruptions import corrupt
 from cfol_nb.data import load, prepare
 from cfol_nb.evaluate import Outcomes, evaluate
+from cfol_nb.files import read_tensors, write_tensors
 from cfol_nb.models import build
 from cfol_nb.runs import compute
 
@@ -716,3 +717,52 @@ def test_a_folder_that_is_not_split_is_judged_whole_also_where_a_class_has_one_i
     assert unseen("net.py:make", f"imagefolder:{tmp_path / 'pets'}").counts.tolist() == [3, 3, 1]
     with pytest.raises(ValueError, match="'eel' has 1 image: it cannot be split"):
         load(f"imagefolder:{tmp_path / 'pets'}")
+
+
+class Tied(nn.Module):
+    """Two heads that are one, as in tied autoencoders and language models."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.body = nn.Flatten(), nn.Linear(64, 64)
+        self.head, self.same = nn.Linear(64, 10), nn.Linear(64, 10)
+        self.same.weight = self.head.weight
+
+    def forward(self, x):
+        return self.head(self.body(self.flat(x))) + self.same(self.flat(x))
+
+
+@pytest.mark.parametrize("how", ["save_model", "save_file", "the other name", "write_tensors"])
+def test_tied_weights_load(tmp_path, how):
+    net, other, path = Tied(), Tied(), tmp_path / "w.safetensors"
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    if how == "save_model":
+        safetensors.torch.save_model(net, path)
+    elif how == "write_tensors":
+        write_tensors(path, net.state_dict())
+    else:
+        safetensors.torch.save_file({k: v for k, v in state.items() if how == "save_file" or k != "head.weight"}, path)
+    load_weights(other, path)
+    x = torch.rand(5, 1, 8, 8)
+    assert torch.equal(other(x), net(x))
+    assert other.same.weight is other.head.weight
+
+
+def test_tied_weights_that_differ_are_refused(tmp_path):
+    state = {k: v.clone() for k, v in Tied().state_dict().items()}
+    state["same.weight"] += 1
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"head.weight and same.weight are one tensor in the model"):
+        load_weights(Tied(), tmp_path / "w.safetensors")
+    del state["same.weight"], state["head.weight"]
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"lacks 2 tensors, for example head.weight"):
+        load_weights(Tied(), tmp_path / "w.safetensors")
+
+
+def test_tensors_that_overlap_are_stored(tmp_path):
+    whole = torch.arange(6.0)
+    write_tensors(tmp_path / "t.safetensors", {"a": whole, "b": whole[1:], "c": whole.view(2, 3)})
+    found, _ = read_tensors(tmp_path / "t.safetensors")
+    assert found["b"].tolist() == [1, 2, 3, 4, 5]
+    assert found["c"].tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -1,10 +1,12 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 from torch.utils.data import DataLoader, TensorDataset
 
-from cfol_nb.samplers import ClassSampler, ExampleSampler, Shuffle
+from cfol_nb.samplers import ClassSampler, ExampleSampler, LargeStep, Shuffle
 
 LABELS = torch.tensor([0] * 50 + [1] * 30 + [2] * 80 + [3] * 10)[
     torch.randperm(170, generator=torch.Generator().manual_seed(0))
@@ -189,8 +191,110 @@ def test_shuffle_is_a_permutation_in_full_batches():
         (lambda: ExampleSampler(0), "no examples"),
         (lambda: Shuffle(10).draw(11), "larger than the 10"),
         (lambda: ClassSampler(LABELS).update(torch.tensor([0, 1]), torch.ones(3)), "one loss per example"),
+        (lambda: ClassSampler(LABELS).update(torch.tensor([0, 1]), torch.ones(2, 1)), "one loss per example"),
+        (lambda: ClassSampler(LABELS).update(torch.tensor([0.0, 1.0]), torch.ones(2)), "integers are needed"),
+        (lambda: ClassSampler(LABELS + 0.5), "integers are needed"),
+        (lambda: ClassSampler(LABELS, num_classes=4.0), "num_classes=4.0"),
+        (lambda: ClassSampler(LABELS, base=None), "base=None is not one positive number"),
+        (lambda: ExampleSampler(5.0), "size=5.0"),
+        (lambda: ExampleSampler(-3), "size=-3"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("kind", [lambda **k: ClassSampler(LABELS, **k), lambda **k: ExampleSampler(170, **k)])
+class TestBoth:
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *(("gamma", v) for v in (NAN, INF, -0.1, 1.1, "0.5", True, None)),
+            *(("eta", v) for v in (NAN, INF, -1e-9, "0.1", None)),
+            *(("block", v) for v in (0, -1, 2.5, NAN, True, None)),
+            *(("seed", v) for v in (2**64, -(2**63) - 1, 0.5, "0")),
+        ],
+    )
+    def test_arguments_out_of_range_are_refused(self, kind, name, value):
+        with pytest.raises(ValueError, match=f"{name}="):
+            kind(**{name: value})
+
+    @pytest.mark.parametrize("n", [0, -1, 1.5, NAN, True])
+    def test_a_draw_of_less_than_one_is_refused(self, kind, n):
+        with pytest.raises(ValueError, match="n="):
+            kind().draw(n)
+
+    @pytest.mark.parametrize("wrong", [NAN, INF, -INF, -0.01, 1.01, 7])
+    @pytest.mark.parametrize("form", [torch.tensor, np.array, list])
+    def test_losses_that_are_none_change_nothing(self, kind, wrong, form):
+        sampler, same = kind(eta=0.01), kind(eta=0.01)
+        for s in (sampler, same):
+            s.draw(3)
+        with pytest.raises(ValueError, match=r"losses reach from .* to .*: they must lie in \[0, 1\]"):
+            sampler.update(form([1, 0, 3]), form([0, wrong, 1]))
+        for s in (sampler, same):  # the draws are still open
+            s.update(torch.tensor([1, 0, 3]), torch.tensor([False, True, True]))
+        assert torch.equal(sampler.p, same.p)
+
+    @pytest.mark.parametrize("p", [NAN, INF, 0, -0.1, 1.1, [0.1, 0.0, 0.2], [0.1, 0.2]])
+    def test_probabilities_that_are_none_are_refused(self, kind, p):
+        with pytest.raises(ValueError, match=r"p of shape|probabilities reach"):
+            kind().update(torch.tensor([0, 1, 2]), torch.ones(3), p=p)
+
+    @pytest.mark.parametrize("arm", [-1, 170])
+    @pytest.mark.parametrize("p", [None, 0.5])
+    def test_arms_out_of_range_are_refused(self, kind, arm, p):
+        with pytest.raises(ValueError, match="labels or indices reach"):
+            kind().update(torch.tensor([0, arm]), torch.ones(2), p)
+
+    def test_losses_of_any_type_say_the_same(self, kind):
+        arm, found = torch.tensor([0, 1, 3]), []
+        for wrong in (torch.tensor([True, False, True]), torch.tensor([1, 0, 1]), torch.tensor([1.0, 0, 1]), [1, 0, 1]):
+            sampler = kind(eta=0.01)
+            sampler.draw(3)
+            sampler.update(arm.tolist() if isinstance(wrong, list) else arm, wrong)
+            found.append(sampler.p)
+        assert all(torch.equal(found[0], other) for other in found[1:])
+        assert found[0].std() > 0
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 0.9])
+def test_the_largest_step_bounds_what_a_batch_moves(gamma):
+    """Mean and variance of what simulated batches add to the log-weights, all losses being 1, wherever q lies."""
+    k, n, rng = 5, 40, np.random.default_rng(0)
+    labels, variances = torch.arange(1000) % k, []
+    for spread in (0, 1, 3):
+        sampler = ClassSampler(labels, gamma)
+        sampler.w.copy_(torch.from_numpy(spread * rng.standard_normal(k)))
+        y = labels[sampler.draw(2000 * n)].view(2000, n)
+        added = torch.zeros(2000, k).double().scatter_add_(1, y, (1 / sampler.p)[y])
+        assert (sampler.q @ added.mean(0)).item() == pytest.approx(n, rel=0.05)
+        variances.append((sampler.q @ added.var(0)).item())
+    deviation = (1 / sampler.largest_eta(n) - n) / 2
+    assert 0.3 * deviation**2 < max(variances) < 1.05 * deviation**2
+    assert ClassSampler(torch.arange(10)).largest_eta(64) == pytest.approx(0.00738, abs=1e-5)  # 1 / (64 + 2 sqrt(1280))
+    assert ExampleSampler(1000).largest_eta(64) == pytest.approx(0.00128, abs=1e-5)  # 1 / (64 + 2 sqrt(128000))
+
+
+@pytest.mark.parametrize("how", ["iterate", "draw", "update"])
+@pytest.mark.parametrize(("images", "epochs", "warns"), [(2000, 2, True), (2000, 4, True), (2000, 8, False)])
+def test_a_step_that_is_too_large_is_told_once(how, images, epochs, warns):
+    """The README's loop: a drift of 40, ten classes, batches of 128, whose largest step is 0.0044."""
+    sampler = ClassSampler(torch.arange(images) % 10, eta=40 / (images * epochs), block=128)
+    share = torch.full((128,), 0.1).double()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            if how == "iterate":
+                list(sampler)
+            elif how == "draw":
+                sampler.draw(128)
+            else:
+                sampler.update(torch.zeros(128, dtype=torch.int64), torch.ones(128), p=share)
+    assert [w.category for w in told] == [LargeStep] * warns
+    assert not warns or f"eta={sampler.eta:.2g} is above 0.0044" in str(told[0].message)
+    assert not warns or told[0].filename == __file__

@@ -81,12 +81,82 @@ def as_float(images: Tensor, dtype: torch.dtype, device) -> Tensor:
     return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype).clamp(0, 1)
 
 
+def admit(model: nn.Module, images) -> Tensor:
+    """The images as a tensor (of NumPy or a list, too) that an attack can work on: detached and contiguous.
+
+    ValueError where no gradient can be had: inside torch.inference_mode, or of a model that was made there.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model is a {type(model).__name__}: a torch.nn.Module is needed")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("inside torch.inference_mode there are no gradients, which attacks need: leave it")
+    if any(t.is_inference() for t in itertools.chain(model.parameters(), model.buffers())):
+        raise ValueError("the model was made inside torch.inference_mode, so it has no gradients: make it outside")
+    try:
+        x = torch.as_tensor(images).detach().contiguous()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"images of type {type(images).__name__} are no tensor: {error}") from error
+    return x.clone() if x.is_inference() else x
+
+
 def as_labels(labels) -> Tensor:
     """(N,) int64 on the CPU. Raises ValueError for anything but integers."""
-    labels = torch.as_tensor(labels).cpu()
+    try:
+        labels = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"labels of type {type(labels).__name__} are no tensor: {error}") from error
+    labels = labels.clone() if labels.is_inference() else labels
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.ndim != 1:
-        raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}: one integer per image is needed")
+        given = f"{labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"labels are {given}: one integer per image is needed, as many labels as images")
     return labels.long()
+
+
+def check_weights(model: nn.Module) -> Tensor:
+    """`weight_of` the model. Raises ValueError for one in less than float32."""
+    tensor = weight_of(model)
+    if torch.finfo(tensor.dtype).bits < 32:
+        raise ValueError(
+            f"the model computes in {tensor.dtype}: attacks are judged in float32 or better (model.float())"
+        )
+    return tensor
+
+
+def first_pass(model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
+    """(n, K) logits of x, which the model sees as a copy. y: (n,) labels, where there are any.
+
+    Raises ValueError for anything but logits, for labels that do not fit them, for logits below float32 (but under
+    torch.autocast, which its caller wants), and for a model that changes its input in place: an attack would go on from
+    a changed image.
+    """
+    seen = x.clone()
+    before = seen._version
+    z = model(seen)
+    if not torch.is_tensor(z):
+        raise ValueError(f"the model returns a {type(z).__name__}: a tensor of logits is needed")
+    if z.ndim != 2 or len(z) != len(x):
+        shape = tuple(z.shape)
+        raise ValueError(f"the model maps {len(x)} images to {shape}: logits of shape (images, classes) are needed")
+    if z.shape[1] < 2:
+        raise ValueError(f"the model has {z.shape[1]} output: a classifier has at least 2")
+    if seen._version != before or not seen.equal(x):
+        raise ValueError("the model changes its input in place: let its forward begin with x = x.clone()")
+    if z.is_floating_point() and torch.finfo(z.dtype).bits < 32 and not torch.is_autocast_enabled(z.device.type):
+        raise ValueError(f"the logits are {z.dtype}: attacks are judged in float32 or better")
+    if y is not None and not 0 <= int(y.min()) <= int(y.max()) < z.shape[1]:
+        raise ValueError(f"labels reach from {int(y.min())} to {int(y.max())}, but the model has {z.shape[1]} outputs")
+    return z
+
+
+def gradient(value: Tensor, x: Tensor) -> Tensor:
+    """Of the sum of (n,) values, so that it does not depend on the batch size. ValueError where there is none."""
+    g = torch.autograd.grad(value.sum(), x, allow_unused=True)[0] if value.requires_grad else None
+    if g is None:
+        raise ValueError(
+            "the logits have no gradient with respect to the images, on which most attacks rest: "
+            "is there an argmax, a detach or a torch.no_grad in the model?"
+        )
+    return g
 
 
 def predict(
@@ -105,29 +175,12 @@ def predict(
     if images.dtype != torch.uint8:
         check_images(images)
     labels = as_labels(labels)
-    tensor = weight_of(model)
-    if torch.finfo(tensor.dtype).bits < 32:
-        raise ValueError(
-            f"the model computes in {tensor.dtype}: attacks are judged in float32 or better (model.float())"
-        )
-    out = []
+    tensor, out = check_weights(model), []
     with evaluating(model), repeating(), torch.no_grad():
         for i in range(0, len(labels), batch_size):
-            logits = model(as_float(images[i : i + batch_size], tensor.dtype, tensor.device))
-            if not torch.is_tensor(logits):
-                raise ValueError(f"the model returns a {type(logits).__name__}: a tensor of logits is needed")
-            if logits.ndim != 2 or len(logits) != len(images[i : i + batch_size]):
-                raise ValueError(
-                    f"the model maps {len(images[i : i + batch_size])} images to {tuple(logits.shape)}: "
-                    "logits of shape (images, classes) are needed"
-                )
+            x = as_float(images[i : i + batch_size], tensor.dtype, tensor.device)
+            logits = first_pass(model, x, None if i else labels)
             k = logits.shape[1]
-            if k < 2:
-                raise ValueError(f"the model has {k} output: a classifier has at least 2")
-            if not i and not 0 <= int(labels.min()) <= int(labels.max()) < k:
-                raise ValueError(
-                    f"labels reach from {int(labels.min())} to {int(labels.max())}, but the model has {k} outputs"
-                )
             if class_names is not None and len(class_names) != k:
                 raise ValueError(f"{len(class_names)} class names, but the model has {k} outputs")
             if not logits.isfinite().all():
@@ -217,15 +270,18 @@ def pgd(
     """Adversarial images by projected gradient ascent on the loss.
 
     model: maps images to (n, K) logits; attacked in eval mode, its modes and gradients are left as they were.
-    x: (n, C, H, W) floating point in [0, 1]. y: (n,) int64: the labels, or the targets if `targeted`.
+    x: (n, C, H, W) floating point in [0, 1]. y: (n,) integers: the labels, or the targets if `targeted`.
     eps, step: a number, or (n,), in the unit of x: 8/255, not 8. norm: "linf" or "l2".
     loss: "ce"; "margin" (CW); "normalised-margin"; "kl" (from the clean prediction, TRADES); or a function
     (logits, y) -> (n,).
-    random_start: uniform in the ball. best: per image the point of highest loss on the way, start and end included,
-    instead of the last one. restarts: keep per image a misclassified end, else the one of highest loss.
+    random_start: uniform in the ball; without, the image itself, or for "kl", which has no gradient there, the image
+    and noise of 0.001 N(0, 1) that is cut to the ball, as in TRADES. best: per image the point of highest loss on the
+    way, start and end included, instead of the last one. restarts: keep per image a misclassified end, else the one of
+    highest loss.
     retire: an image that is misclassified on the way keeps that point and costs nothing more; a stronger attack than
     without, which returns the last point, also where it is classified correctly again. For one restart, without best.
-    check: False skips the checks of values that would make the host wait for the device.
+    check: False skips what looks at values, for which the host must wait for the device, or converts: images and labels
+    then are tensors of the model's type and device. A model in less than float32 is for that path.
     Returns (n, C, H, W), detached, inside the ball and inside [0, 1].
     Each step moves, projects, and only then differentiates at the projected point. ValueError for bad input.
     """
@@ -235,13 +291,16 @@ def pgd(
     if retire and (best or targeted or restarts > 1 or loss == "kl"):
         raise ValueError("retire goes with one restart of an untargeted attack on the labels, without best")
     if check and len(x):
-        x = check_images(x)
+        x = check_images(admit(model, x))
+        tensor, y = check_weights(model), as_labels(y)
+        x = x.to(tensor, copy=True) if tensor.numel() else x.clone()  # a model that changes its input harms a copy
         for value in torch.as_tensor(eps).aminmax():
             check_radius(float(value), norm)
         if not (torch.as_tensor(step) >= 0).all():
             raise ValueError(f"step={step} is not a number >= 0")
-        if len(y) != len(x) or y.is_floating_point() or (not callable(loss) and loss != "kl" and int(y.min()) < 0):
-            raise ValueError(f"{len(x)} images need as many labels, integers from 0")
+        if len(y) != len(x):
+            raise ValueError(f"{len(x)} images and {len(y)} labels: as many labels as images are needed")
+        y = y.to(x.device)
     loss_of = loss if callable(loss) else None
     if loss_of is None:
         named, clean = LOSSES[choose("attack loss", loss, LOSSES)], None
@@ -255,7 +314,10 @@ def pgd(
 
     def start() -> Tensor:
         if not random_start:
-            return x
+            if loss != "kl":
+                return x
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            return project(x + 0.001 * noise, x, eps, norm)
         noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) * 2 - 1
         if norm == "linf":
             return (x + eps * noise).clamp(low, high)
@@ -277,10 +339,9 @@ def pgd(
             a, top = start(), None
             for _ in range(steps):
                 a = a.detach().requires_grad_()
-                z = model(a)
-                value = sign * loss_of(z, y)
-                # of a sum: the sign must not depend on the batch size
-                grad = bounded(*torch.autograd.grad(value.sum(), a), norm)
+                z = first_pass(model, a, None if callable(loss) or loss == "kl" else y) if check else model(a)
+                value, check = sign * loss_of(z, y), False
+                grad = bounded(gradient(value, a), norm)
                 if retire:
                     wrong = z.detach().argmax(1) != y
                     first = wrong if done is None else wrong & ~done

@@ -10,7 +10,7 @@ import math
 import runpy
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cfol_nb import data, plots, stats
-from cfol_nb.attacks import answers, as_float, as_labels, evaluating, predict, weight_of
+from cfol_nb.attacks import admit, answers, as_float, as_labels, evaluating, gradient, predict, weight_of
 from cfol_nb.autoattack import Evaluation, TimeUp, find_worst, interleaved
 from cfol_nb.checks import COLUMNS, PASSES, black_box_check, checklist, said, short_pgd
 from cfol_nb.config import Attack, AutoAttack, choose
@@ -116,7 +116,11 @@ def load_model(source: str, weights: Path | None, num_classes: int, channels: in
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a safetensors file. Raises ValueError that names the first tensors that do not fit."""
+    """Load a safetensors file. Raises ValueError that names the first tensors that do not fit.
+
+    Of tensors that are one in the model (tied weights) the file may hold any or all, as `safetensors.torch.save_model`
+    and `save_file` write them.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
@@ -124,6 +128,13 @@ def load_weights(module: nn.Module, path: Path) -> None:
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no safetensors file ({error}): save with safetensors.torch.save_file") from error
     wanted = module.state_dict()
+    for names in _tied(wanted):
+        there = [k for k in names if k in state]
+        for k in there[1:]:
+            if not torch.equal(state[k], state[there[0]]):
+                both = f"{there[0]} and {k}"
+                raise ValueError(f"the weights do not fit: {both} are one tensor in the model, two in {path}")
+        state |= dict.fromkeys(names, state[there[0]]) if there else {}
     lack, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     other = [k for k in sorted(set(state) & set(wanted)) if state[k].shape != wanted[k].shape]
     for what, names in (("lacks", lack), ("has, but the model has not,", extra)):
@@ -135,6 +146,15 @@ def load_weights(module: nn.Module, path: Path) -> None:
             f"the weights do not fit: {k} is {tuple(state[k].shape)} in {path}, {tuple(wanted[k].shape)} in the model"
         )
     module.load_state_dict(state)
+
+
+def _tied(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names that stand for one and the same tensor."""
+    same: dict[tuple, list[str]] = {}
+    for name, t in state.items():
+        if torch.is_tensor(t) and t.numel():
+            same.setdefault((t.device, t.data_ptr(), t.shape, t.stride(), t.dtype), []).append(name)
+    return [names for names in same.values() if len(names) > 1]
 
 
 # -- the audit ---------------------------------------------------------------------------------------------------------
@@ -261,21 +281,20 @@ class Audit:
         confused = self.confused()
         confused["share"] = [percent(100 * v) for v in confused["share"]]
         names, pictures, bound = self.outcomes.class_names, [], bool(self.unfinished.any())
-        with plots.plt.rc_context({"text.parse_math": False}):  # a class may be called $x$
-            for title, figure in (
-                (
-                    "Accuracy of each class" + ", an upper bound where images are unfinished" * bound,
-                    plots.class_accuracies({"all classes": self.outcomes}),
-                ),
-                ("How accuracy falls with the radius", plots.radii(self.radii, str(self.table()["class"][0]))),
-                ("What the attack turns a class into", plots.confusion(stats.confusion(self.outcomes), names)),
-                *([("The images that fall first", self.first_to_fall())] if len(self.gallery[2]) else []),
-            ):
-                picture = io.BytesIO()
-                figure.savefig(picture, format="png", dpi=110)
-                plots.plt.close(figure)
-                code = base64.b64encode(picture.getvalue()).decode()
-                pictures.append(f'<h2>{html.escape(title)}</h2><img alt="{title}" src="data:image/png;base64,{code}">')
+        for title, figure in (
+            (
+                "Accuracy of each class" + ", an upper bound where images are unfinished" * bound,
+                plots.class_accuracies({"all classes": self.outcomes}),
+            ),
+            ("How accuracy falls with the radius", plots.radii(self.radii, str(self.table()["class"][0]))),
+            ("What the attack turns a class into", plots.confusion(stats.confusion(self.outcomes), names)),
+            *([("The images that fall first", self.first_to_fall())] if len(self.gallery[2]) else []),
+        ):
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=110)
+            plots.plt.close(figure)
+            code = base64.b64encode(picture.getvalue()).decode()
+            pictures.append(f'<h2>{html.escape(title)}</h2><img alt="{title}" src="data:image/png;base64,{code}">')
 
         def part(title: str, frame: pd.DataFrame, index: bool = False) -> str:
             return f"<h2>{title}</h2>" + frame.to_html(index=index, border=0, classes="t")
@@ -338,20 +357,12 @@ def _checked(
         with evaluating(model), torch.enable_grad():
             weight = weight_of(model)
             x = as_float(images[:1], weight.dtype, weight.device).clone().requires_grad_()
-            z = model(x)
-            (slope,) = torch.autograd.grad(z.sum(), x, allow_unused=True) if z.requires_grad else (None,)
+            gradient(model(x), x)
     except (ValueError, FloatingPointError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the model's code does
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"the model does not take images of shape {tuple(images.shape[1:])}: {reason}") from error
-    if slope is None:
-        raise ValueError(
-            "the logits have no gradient with respect to the images, on which most attacks rest: "
-            "is there an argmax, a detach or a torch.no_grad in the model, or torch.inference_mode around the audit?"
-        )
-    if torch.finfo(z.dtype).bits < 32:
-        raise ValueError(f"the logits are {z.dtype}: attacks are judged in float32 or better")
     names = tuple(map(str, class_names if class_names is not None else range(k)))
     if len(set(names)) < k:
         raise ValueError(f"two classes have the same name: {', '.join(names)}")
@@ -430,9 +441,7 @@ def audit(
     size); random draws depend on it. show: images in the gallery.
     Everything that can be refused is refused before the first attack: ValueError, FloatingPointError.
     """
-    start, labels, images = time.monotonic(), as_labels(labels), torch.as_tensor(images).contiguous()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"the model is a {type(model).__name__}: a torch.nn.Module is needed")
+    start, labels, images = time.monotonic(), as_labels(labels), admit(model, images)
     if images.ndim != 4:
         raise ValueError(f"images of shape {tuple(images.shape)}: (images, channels, height, width) is needed")
     if minutes is not None and not minutes >= 0:
@@ -445,7 +454,7 @@ def audit(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1 is needed")
     spec = AutoAttack(eps=eps, norm=norm, version=version)
-    eps, images = spec.eps, images.detach()
+    eps = spec.eps
     names, clean = _checked(model, images, labels, class_names, batch_size)
     each_pass = (time.monotonic() - start) / len(labels)
     # what comes last, the gallery, takes some 60 passes of each image

@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from cfol_nb.attacks import (
     LOSSES,
     _norm,
+    admit,
     answers,
     as_float,
     as_labels,
     bounded,
     check_images,
     evaluating,
+    gradient,
     margin,
     predict,
     project,
@@ -480,12 +482,12 @@ class Evaluation:
         with evaluating(model), repeating(), torch.no_grad():
             x = self._images(slice(0, batch_size))
             logits = model(x)
+            if torch.finfo(logits.dtype).bits < 32:  # under torch.autocast
+                raise ValueError(f"the logits are {logits.dtype}: attacks are judged in float32 or better")
             self.layout = _layout(model, x, logits)
         with evaluating(model), repeating(), torch.enable_grad():
             some = x[:20].clone().requires_grad_()
-            size = model(some).square().sum()
-            (slope,) = torch.autograd.grad(size, some, allow_unused=True) if size.requires_grad else (None,)
-        slope = torch.zeros_like(some) if slope is None else slope
+            slope = gradient(model(some).square(), some)
         self.computed = {"logits": logits.cpu(), "slope": slope.detach().cpu().contiguous()}
         self.written = -math.inf
         self.net = model
@@ -714,10 +716,10 @@ def autoattack(
     found. ValueError for bad input.
     """
     spec = AutoAttack(eps=eps, norm=norm, version=version)
-    x = check_images(x)
+    x = check_images(admit(model, x))
     if torch.finfo(x.dtype).bits < 32:
         raise ValueError(f"images of {x.dtype}: rounding would take the points out of the ball (images.float())")
-    points = x.detach().clone()
+    points = x.clone()
     more = {"batch_size": batch_size, "seed": seed, "points": points, "compiled": compiled}
-    Evaluation(model, x.detach(), as_labels(y), spec, **more).run()
+    Evaluation(model, x, as_labels(y), spec, **more).run()
     return points

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from cfol_nb.attacks import answers, as_float, as_labels, evaluating, pgd, predict, repeating, weight_of
+from cfol_nb.attacks import admit, answers, as_float, as_labels, evaluating, pgd, predict, repeating, weight_of
 from cfol_nb.autoattack import Evaluation, interleaved
 from cfol_nb.checks import COLUMNS, IMAGES, black_box_check, checklist
 from cfol_nb.config import Attack, AutoAttack, as_attack
@@ -209,7 +209,7 @@ def evaluate(
     if "clean" in attacks:
         raise ValueError("an attack cannot be called 'clean': that is what the model says without one")
     attacks = {k: as_attack(v) for k, v in attacks.items()}
-    labels = as_labels(labels)
+    images, labels = admit(model, images), as_labels(labels)
     steps = {k: a for k, a in attacks.items() if isinstance(a, Attack)}
     clean, k = predict(model, images, labels, class_names=class_names, batch_size=batch_size)
     if attacks and checks:  # first: a model that cannot be checked is refused before the expensive part
@@ -224,7 +224,7 @@ def evaluate(
             x = as_float(images[i : i + batch_size], tensor.dtype, tensor.device)
             y = labels[i : i + batch_size].to(tensor.device)
             for name, attack in steps.items():
-                x_adv = pgd(model, x, y, generator=generators[name], check=False, **dict(attack))
+                x_adv = pgd(model, x, y, generator=generators[name], check=not i, **dict(attack))
                 with torch.no_grad():
                     predictions[name].append(answers(model(x_adv), y).cpu())
             if progress:

@@ -1,48 +1,147 @@
-"""Figures: functions take data and return the Figure; they know nothing of the run store."""
+"""Figures: functions take data and return the Figure; they know nothing of the run store.
+
+The style is that of a figure alone: Matplotlib's settings stay the user's. Names are drawn as they are, whatever
+characters they are of.
+"""
 
 from __future__ import annotations
 
+import functools
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import font_manager
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import entropy
 
 from cfol_nb.evaluate import Outcomes
 from cfol_nb.stats import _listed, accuracies, class_table, last_attack, summary, wilson
 
-sns.set_theme(
-    style="whitegrid",
-    context="notebook",
-    rc={
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "figure.constrained_layout.use": True,
-        "grid.color": "#e8e8e8",
-        "axes.edgecolor": "#888888",
-    },
-)
 CLEAN, ROBUST = "#b8c4d0", "#c0392b"
+STYLE = {
+    **sns.axes_style("whitegrid"),
+    **sns.plotting_context("notebook"),
+    "axes.prop_cycle": mpl.cycler(color=sns.color_palette("deep")),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+    "grid.color": "#e8e8e8",
+    "axes.edgecolor": "#888888",
+    "text.usetex": False,
+    "text.parse_math": True,  # of the numbers beside logarithmic axes
+    "axes.formatter.use_mathtext": False,
+}
 
 
+@functools.cache
+def _characters(path: str) -> frozenset[int]:
+    """What a font can draw; nothing for one that cannot be read, or that draws every character as a box."""
+    try:
+        return frozenset() if "lastresort" in path.lower() else frozenset(font_manager.get_font(path).get_charmap())
+    except (OSError, RuntimeError, ValueError):
+        return frozenset()
+
+
+def _families(text: str, base: list[str]) -> list[str]:
+    """The families of installed fonts, after those of `base`, that it takes to draw the text."""
+    missing = {ord(c) for c in text if not c.isspace()}
+    for family in base:
+        missing -= _characters(font_manager.findfont(family))
+    found = list(base)
+    plain = (f for f in font_manager.fontManager.ttflist if f.style == "normal" and missing)
+    for font in sorted(plain, key=lambda f: ("Sans" not in f.name, f.weight != 400, f.name)):
+        if missing & _characters(font.fname):
+            missing -= _characters(font.fname)
+            found.append(font.name)
+    return found
+
+
+def _as_they_are(figure: Figure) -> None:
+    """Names are no formulas, and take a font that has their characters."""
+    numbers = set()
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            if axis.get_scale() == "log":  # 10^3
+                numbers |= {id(t) for t in axis.findobj(Text) if t is not axis.label}
+    for text in figure.findobj(Text):
+        if id(text) not in numbers:
+            text.set_parse_math(False)
+        if not text.get_text().isascii():
+            text.set_fontfamily(_families(text.get_text(), text.get_fontfamily()))
+
+
+def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """A function that draws a figure in `STYLE`, and leaves the settings as they were."""
+
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs) -> Figure:
+        installed = set(font_manager.get_font_names())
+        fonts = [name for name in STYLE["font.sans-serif"] if name in installed] or ["DejaVu Sans"]
+        with mpl.rc_context(STYLE | {"font.family": fonts}):  # by name: "sans-serif" means what holds when it is drawn
+            figure = draw(*args, **kwargs)
+            _as_they_are(figure)
+        return figure
+
+    return drawn
+
+
+def _heatmap(*args, names: Sequence[str], **kwargs) -> plt.Axes:
+    """seaborn's, which draws the figure to see which of the names beside it there is room for."""
+    fonts = _families("".join(names), mpl.rcParams["font.family"])
+    for text in kwargs["ax"].findobj(Text):
+        text.set(parse_math=False, fontfamily=fonts)
+    with mpl.rc_context({"text.parse_math": False, "font.family": fonts}):
+        return sns.heatmap(*args, **kwargs)
+
+
+def _name(name: object, most: int = 40) -> str:
+    """A name that can be drawn: not longer than there is room for, no control character, no half of a character."""
+    name = re.sub(r"[\x00-\x09\x0b-\x1f\x7f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", str(name))
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _legend(ax: plt.Axes, handles: Sequence[Artist], **more) -> None:
+    """A legend of these, by their labels, also of those that begin with "_", which Matplotlib leaves out."""
+    legend = ax.legend(handles, [str(i) for i in range(len(handles))], frameon=True, fontsize=9, **more)
+    for text, handle in zip(legend.get_texts(), handles, strict=True):
+        text.set_text(_name(handle.get_label(), 60))
+
+
+def _rows(ax: plt.Axes, names: Sequence[str]) -> None:
+    """Names of the rows 0, 1, ..., with room for each, also where there is nothing to draw."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(min(ax.get_ylim()[0], -0.5), max(ax.get_ylim()[1], len(names) - 0.5))
+
+
+def _wilsons(accuracy: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """(2, K) Wilson's 95 % interval at these accuracies; NaN for a class without images."""
+    return np.array([wilson(round(a * m), m) if m else (np.nan, np.nan) for a, m in zip(accuracy, n, strict=True)]).T
+
+
+@_figure
 def class_accuracies(
     groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str | None = None, order_by: str | None = None
 ) -> Figure:
     """One panel per group, classes sorted by the robust accuracy of the group `order_by` (the first): clean and robust.
 
     A point is the mean over runs. The bar is Wilson's 95 % interval for the test images of the class, at that mean: it
-    says how far another test set could move the point.
+    says how far another test set could move the point. A class without images has a name and no point.
     """
     groups = {k: _listed(v) for k, v in groups.items()}
     first = groups[order_by or next(iter(groups))]
     attack = attack or last_attack(first[0])
     order = np.argsort(np.mean([accuracies(o, attack) for o in first], 0))
-    names = [first[0].class_names[i] for i in order]
+    names = [_name(first[0].class_names[i]) for i in order]
     tall = max(3.2, 0.32 * len(names))
     fig, axes = plt.subplots(
         1, len(groups), figsize=(1 + 4 * len(groups), tall), sharex=True, sharey=True, squeeze=False
@@ -52,7 +151,7 @@ def class_accuracies(
         robust = np.mean([accuracies(o, attack) for o in several], 0)[order]
         clean = np.mean([accuracies(o, "clean") for o in several], 0)[order]
         table = class_table(several[0], attack).iloc[order]
-        low, high = np.array([wilson(round(a * n), n) for a, n in zip(robust, table["n"], strict=True)]).T
+        low, high = _wilsons(robust, table["n"])
         ax.hlines(rows, robust, clean, color=CLEAN, lw=1.2, zorder=1)
         ax.errorbar(
             robust,
@@ -66,9 +165,9 @@ def class_accuracies(
             label="under attack",
         )
         ax.plot(clean, rows, "o", color=CLEAN, ms=6, mec="white", zorder=2, label="clean")
-        ax.axvline(robust.mean(), color=ROBUST, lw=1, ls=":", zorder=0)
-        ax.axvline(clean.mean(), color="#8494a4", lw=1, ls=":", zorder=0)
-        worst = int(robust.argmin())
+        ax.axvline(np.nanmean(robust), color=ROBUST, lw=1, ls=":", zorder=0)
+        ax.axvline(np.nanmean(clean), color="#8494a4", lw=1, ls=":", zorder=0)
+        worst = int(np.nanargmin(robust))
         room = low[worst] > 0.16  # beside the bar, or else beyond the clean point
         ax.annotate(
             f"{100 * robust[worst]:.0f} %",
@@ -80,18 +179,20 @@ def class_accuracies(
             color=ROBUST,
             fontweight="bold",
         )
-        ax.set_title(f"{label}: mean {100 * robust.mean():.0f} % under attack", fontsize=11, loc="left")
+        ax.set_title(f"{_name(label)}: mean {100 * np.nanmean(robust):.0f} % under attack", fontsize=11, loc="left")
         ax.set(xlabel="accuracy", xlim=(0, 1.02))
         ax.grid(axis="y", visible=False)
-    axes[0, 0].set_yticks(rows, names)
+    _rows(axes[0, 0], names)
     axes[0, 0].set_ylabel("class")
     axes[0, -1].legend(loc="best", frameon=True, fontsize=9)
     return fig
 
 
+@_figure
 def life_of_p(p: pd.DataFrame, top: int = 3) -> Figure:
     """CFOL's distribution over training (rows: epoch, columns: class), the `top` most drawn classes in colour; below it
     exp(entropy), the number of classes from which is drawn in effect."""
+    p = p.dropna(axis=1, how="all")
     fig, (ax, below) = plt.subplots(2, sharex=True, figsize=(7, 4.8), height_ratios=(3, 1))
     order = p.iloc[-1].sort_values(ascending=False).index
     colours = dict(zip(order[:top], sns.color_palette("rocket", top + 1), strict=False))
@@ -101,7 +202,7 @@ def life_of_p(p: pd.DataFrame, top: int = 3) -> Figure:
     for name in order[: max(top, 1)]:  # labels beside the lines, pushed apart where they would touch
         ends.append(min(p[name].iloc[-1], ends[-1] - 1.4 * gap) if ends else p[name].iloc[-1])
         ax.annotate(
-            name,
+            _name(name),
             (p.index[-1], ends[-1]),
             xytext=(6, 0),
             textcoords="offset points",
@@ -120,6 +221,7 @@ def life_of_p(p: pd.DataFrame, top: int = 3) -> Figure:
     return fig
 
 
+@_figure
 def lines(table: pd.DataFrame, x: str, y: str, colour: str, panel: str, logarithmic: bool = False) -> Figure:
     """A panel for each value of the column `panel`: `y` over `x`, a line for each value of `colour`.
 
@@ -133,8 +235,10 @@ def lines(table: pd.DataFrame, x: str, y: str, colour: str, panel: str, logarith
     for ax, value in zip(axes[0], values, strict=True):
         of_panel = {"data": table[table[panel] == value], "x": x, "y": y, "hue": colour}
         colours = {"hue_order": levels, "palette": dict(zip(levels, palette, strict=True))}
-        sns.lineplot(**of_panel, **colours, errorbar=("pi", 100), marker="o", ms=5, legend=ax is axes[0, -1], ax=ax)
-        ax.set_title(value, fontsize=11, loc="left")
+        sns.lineplot(**of_panel, **colours, errorbar=("pi", 100), marker="o", ms=5, legend=False, ax=ax)
+        ax.set_title(_name(value), fontsize=11, loc="left")
+    handles = [Line2D([], [], color=c, marker="o", ms=5, mec="w", label=str(v)) for v, c in colours["palette"].items()]
+    _legend(axes[0, -1], handles, title=colour)
     if logarithmic:
         axes[0, 0].set_xscale("log")
     elif pd.api.types.is_integer_dtype(table[x]):
@@ -142,6 +246,7 @@ def lines(table: pd.DataFrame, x: str, y: str, colour: str, panel: str, logarith
     return fig
 
 
+@_figure
 def gains(table: pd.DataFrame) -> Figure:
     """What each class gained, in points: rows are classes, with columns before, difference, low and high in [0, 1], as
     of `stats.lift`; the class that was weakest before stands at the bottom."""
@@ -152,26 +257,42 @@ def gains(table: pd.DataFrame) -> Figure:
     ax.barh(rows, value, color=np.where(value < 0, "#c9a227", "#3b7d8c"), height=0.65)
     ax.errorbar(value, rows, xerr=ends, fmt="none", ecolor="#333333", elinewidth=1)
     ax.axvline(0, color="#444444", lw=1)
-    ax.set_yticks(rows, [f"{name} ({100 * b:.0f} %)" for name, b in table["before"].items()])
+    said = ["no images" if np.isnan(b) else f"{100 * b:.0f} %" for b in table["before"]]
+    _rows(ax, [f"{_name(name)} ({b})" for name, b in zip(table.index, said, strict=True)])
     ax.set(xlabel="accuracy gained, in points", ylabel="class (before)")
     ax.grid(axis="y", visible=False)
     return fig
 
 
+@_figure
 def trade(groups: Mapping[str, Outcomes | Sequence[Outcomes]], *attacks: str, reference: Sequence[str] = ()) -> Figure:
     """Mean against worst class, a panel per attack (the last one if none is named; "clean" for none).
 
     A large point per group with its 95 % intervals, a small one per run; the line is the Pareto front of the large
-    ones: no group is better than one on it in both. reference: groups to compare with, drawn as dark squares.
+    ones: no group is better than one on it in both. reference: groups to compare with, drawn as dark squares. Classes
+    without images are left out, and the axes say so.
     """
-    attacks = attacks or (last_attack(_listed(next(iter(groups.values())))[0]),)
+    groups = {k: _listed(v) for k, v in groups.items()}
+    whole = {k: [_with_images(o) for o in v] for k, v in groups.items()}
+    some = " with images" * any(len(v[0].class_names) < len(groups[k][0].class_names) for k, v in whole.items())
+    groups = whole
+    attacks = attacks or (last_attack(next(iter(groups.values()))[0]),)
     size = (8 * len(attacks), max(4.8, 0.36 * len(groups)))
     fig, axes = plt.subplots(1, len(attacks), figsize=size, squeeze=False)
     for ax, attack in zip(axes[0], attacks, strict=True):
         _trade(ax, groups, attack, reference)
         under = "on clean images" if attack == "clean" else f"under {attack}"
-        ax.set(xlabel=f"mean accuracy {under}", ylabel=f"worst class {under}")
+        ax.set(xlabel=f"mean accuracy {f'of classes{some} ' * bool(some)}{under}", ylabel=f"worst class{some} {under}")
     return fig
+
+
+def _with_images(outcomes: Outcomes) -> Outcomes:
+    """The same without the classes that have none; a prediction of such a class is -1, wrong as before."""
+    there = np.bincount(outcomes.labels, minlength=len(outcomes.class_names)) > 0
+    number = np.where(there, there.cumsum() - 1, -1)
+    predictions = {k: number[v] for k, v in outcomes.predictions.items()}
+    names = tuple(name for name, has in zip(outcomes.class_names, there, strict=True) if has)
+    return Outcomes(number[outcomes.labels], predictions, names)
 
 
 def _trade(
@@ -182,7 +303,7 @@ def _trade(
     ends = []
     for label, several in groups.items():
         table, colour = summary(several, attack), colours[label]
-        each = np.array([[a.mean(), a.min()] for a in (accuracies(o, attack) for o in _listed(several))])
+        each = np.array([[a.mean(), a.min()] for a in (accuracies(o, attack) for o in several)])
         m, w = table.loc["mean"], table.loc["worst"]
         ax.plot(*each.T, "o", color=colour, alpha=0.4, ms=4, zorder=2)
         ax.errorbar(
@@ -213,7 +334,7 @@ def _trade(
         at[i] = max(at[i], at[i + 1] + gap)
     for (y, x, label), where in zip(ends, at, strict=True):
         ax.annotate(
-            label,
+            _name(label),
             (x, y),
             xytext=(ax.get_xlim()[1], where),
             textcoords="data",
@@ -232,6 +353,7 @@ def _trade(
     ax.set_ylim(low, high)
 
 
+@_figure
 def radii(table: pd.DataFrame, weakest: str | None = None) -> Figure:
     """Accuracy of each class (columns) by radius (index); `weakest` in colour, the mean dashed."""
     fig, ax = plt.subplots(figsize=(7, 3.8))
@@ -240,18 +362,21 @@ def radii(table: pd.DataFrame, weakest: str | None = None) -> Figure:
     ax.plot(table.index, table.mean(axis=1), color="#444444", ls="--", lw=1.6, label="mean of classes", zorder=2)
     if weakest is not None:
         ax.plot(table.index, table[weakest], "o-", color=ROBUST, lw=2.4, ms=4, label=weakest, zorder=3)
+    _legend(ax, ax.lines[table.shape[1] :])
     ax.set(xlabel="radius", ylabel="accuracy under PGD-20", ylim=(0, 1.02), xlim=(0, table.index[-1] or 1))
-    ax.legend(frameon=True, fontsize=9)
     return fig
 
 
+@_figure
 def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     """Row: true class, column: what it is taken for, in per cent of the row; the diagonal is left out."""
+    names = [_name(name, 25) for name in names]
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(max(3.6, 0.42 * len(names)), 24)
     fig, ax = plt.subplots(figsize=(side + 1.4, side))
-    sns.heatmap(
-        pd.DataFrame(share, names, names),  # as many names beside it as there is room for
+    _heatmap(
+        pd.DataFrame(share, names, names),
+        names=names,
         mask=np.eye(len(names), dtype=bool),
         cmap="rocket_r",
         vmin=0,
@@ -264,6 +389,7 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     return fig
 
 
+@_figure
 def gallery(x, x_adv, names: Sequence[str], predicted: Sequence[str], radius: np.ndarray) -> Figure:
     """Rows: clean image, perturbation (scaled to its largest), adversarial image; columns: images (NCHW in [0, 1])."""
     x, x_adv = np.asarray(x), np.asarray(x_adv)
@@ -284,13 +410,14 @@ def gallery(x, x_adv, names: Sequence[str], predicted: Sequence[str], radius: np
                 vmin=0,
                 vmax=1,
             )
-        axes[0, j].set_title(names[j], fontsize=10)
-        axes[2, j].set_xlabel(f"{predicted[j]}\nfell at {radius[j]:.3g}", fontsize=10, color=ROBUST)
+        axes[0, j].set_title(_name(names[j], 20), fontsize=10)
+        axes[2, j].set_xlabel(f"{_name(predicted[j], 20)}\nfell at {radius[j]:.3g}", fontsize=10, color=ROBUST)
     for ax, label in zip(axes[:, 0], ("clean", "perturbation", "adversarial"), strict=True):
         ax.set_ylabel(label, fontsize=10)
     return fig
 
 
+@_figure
 def deviations(groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str | None = None) -> Figure:
     """One panel per group: how far each class lies from the mean (Benz et al. 2021), averaged over runs.
 
@@ -302,7 +429,7 @@ def deviations(groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str 
     seen = {k: np.mean([accuracies(o, attack) for o in v], 0) for k, v in groups.items()}
     order = np.argsort(list(seen.values())[-1])
     several = next(iter(groups.values()))
-    names, n = np.array(several[0].class_names)[order], class_table(several[0], attack)["n"].to_numpy()[order]
+    names, n = [_name(several[0].class_names[i]) for i in order], class_table(several[0], attack)["n"].to_numpy()[order]
     fig, axes = plt.subplots(
         1,
         len(groups),
@@ -314,27 +441,28 @@ def deviations(groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str 
     rows = np.arange(len(order))
     for ax, (label, accuracy) in zip(axes[0], seen.items(), strict=True):
         accuracy = accuracy[order]
-        mean = accuracy.mean()
-        low, high = np.array([wilson(round(a * m), m) for a, m in zip(accuracy, n, strict=True)]).T
-        worst = accuracy.argmin()
+        mean, worst = np.nanmean(accuracy), np.nanargmin(accuracy)
+        low, high = _wilsons(accuracy, n)
         colours = [ROBUST if i == worst else "#8494a4" for i in rows]
         ax.barh(rows, 100 * (accuracy - mean), color=colours, height=0.65)
         bars = 100 * np.abs([np.minimum(low - accuracy, 0), np.maximum(high - accuracy, 0)])
         ax.errorbar(100 * (accuracy - mean), rows, xerr=bars, fmt="none", ecolor="#333333", elinewidth=1)
         ax.axvline(0, color="#444444", lw=1)
-        gap = 100 * (accuracy.max() - accuracy.min())
+        gap = 100 * (np.nanmax(accuracy) - np.nanmin(accuracy))
         ax.set_title(
-            f"{label}, mean {100 * mean:.0f} %\nworst {100 * (accuracy[worst] - mean):+.0f}, gap {gap:.0f} points",
+            f"{_name(label)}, mean {100 * mean:.0f} %\n"
+            f"worst {100 * (accuracy[worst] - mean):+.0f}, gap {gap:.0f} points",
             fontsize=10,
             loc="left",
         )
         ax.grid(axis="y", visible=False)
-    axes[0, 0].set_yticks(rows, names)
+    _rows(axes[0, 0], names)
     axes[0, 0].set_ylabel("class")
     fig.supxlabel("accuracy of the class minus the mean, in points", fontsize=11)
     return fig
 
 
+@_figure
 def cosine_matrix(pairs: pd.DataFrame) -> Figure:
     """`stats.cosines` as a matrix; in brackets what a permutation of the classes exceeds more than once in twenty."""
     if pairs.empty:
@@ -348,55 +476,58 @@ def cosine_matrix(pairs: pd.DataFrame) -> Figure:
         text[where[p.b], where[p.a]] = f"{shown}\n{p.low:.2f} … {p.high:.2f}"
     side = 1.4 * (len(names) - 1)
     fig, ax = plt.subplots(figsize=(side + 3, 0.65 * side + 1))
-    sns.heatmap(
+    _heatmap(
         value[1:, :-1],
+        names=names,
         annot=text[1:, :-1],
         fmt="",
         vmin=-1,
         vmax=1,
         cmap="vlag",
-        xticklabels=names[:-1],
-        yticklabels=names[1:],
+        xticklabels=[textwrap.fill(_name(n), 14) for n in names[:-1]],
+        yticklabels=[_name(n) for n in names[1:]],
         annot_kws={"fontsize": 9},
         cbar_kws={"label": "cosine of deviations"},
         ax=ax,
     )
     ax.tick_params(axis="y", rotation=0)
-    ax.set_xticklabels([textwrap.fill(n, 14) for n in names[:-1]])
     ax.grid(False)
     return fig
 
 
+@_figure
 def curves(accuracy: pd.DataFrame) -> Figure:
     """Class accuracies (columns) by epoch (index): the class that is weakest at the end in colour, the mean dashed, and
     the worst class of each epoch as a line of points."""
     fig, ax = plt.subplots(figsize=(7, 3.8))
-    last = accuracy.iloc[-1].idxmin()
+    last, worst = accuracy.iloc[-1].idxmin(), accuracy.min(axis=1)
     for name in accuracy.columns:
         ax.plot(accuracy.index, accuracy[name], color="#d3d8de", lw=1, zorder=1)
-    ax.plot(accuracy.index, accuracy[last], color=ROBUST, lw=2, label=f"{last}, weakest at the end", zorder=3)
-    ax.plot(accuracy.index, accuracy.min(axis=1), "k.", ms=5, label="worst class of the epoch", zorder=4)
+    ax.plot(accuracy.index, accuracy[last], color=ROBUST, lw=2, label=f"{_name(last)}, weakest at the end", zorder=3)
+    ax.plot(accuracy.index, worst, ".", color="#262626", ms=5, label="worst class of the epoch", zorder=4)
     ax.plot(accuracy.index, accuracy.mean(axis=1), color="#444444", ls="--", lw=1.6, label="mean of classes", zorder=2)
     ax.set(xlabel="epoch", ylabel="accuracy, held out", ylim=(0, 1.02), xlim=(accuracy.index[0], accuracy.index[-1]))
-    ax.legend(frameon=True, fontsize=9)
+    _legend(ax, ax.lines[accuracy.shape[1] :])
     return fig
 
 
+@_figure
 def rates(measured: pd.DataFrame, bound: pd.DataFrame | None = None) -> Figure:
     """Columns over the index, both logarithmic; measured as lines, bounds of the same columns dashed. The names of the
     axes are those of index and columns of `measured`: `rename_axis(index=..., columns=...)`."""
-    fig, ax = plt.subplots(figsize=(7, 4))
+    (fig, ax), lines = plt.subplots(figsize=(7, 4)), []
     for colour, name in zip(sns.color_palette("deep", measured.shape[1]), measured, strict=True):
-        ax.plot(measured.index, measured[name].where(measured[name] > 0), "o-", color=colour, ms=4, label=name)
+        lines += ax.plot(measured.index, measured[name].where(measured[name] > 0), "o-", color=colour, ms=4, label=name)
         if bound is not None:
             ax.plot(bound.index, bound[name], "--", color=colour, lw=1.2)
     if bound is not None:
-        ax.plot([], "--", color="0.4", lw=1.2, label="bounds")
+        lines += ax.plot([], "--", color="0.4", lw=1.2, label="bounds")
     ax.set(xscale="log", yscale="log", xlabel=measured.index.name, ylabel=measured.columns.name)
-    ax.legend(frameon=True, fontsize=9)
+    _legend(ax, lines)
     return fig
 
 
+@_figure
 def explanations(panels: Mapping[str, pd.DataFrame]) -> Figure:
     """Small multiples, three a row: in each, what may explain (first column) against what is to be explained (second).
 
@@ -409,15 +540,16 @@ def explanations(panels: Mapping[str, pd.DataFrame]) -> Figure:
         ax.remove()
     for ax, (label, table) in zip(axes.flat, panels.items(), strict=False):
         x, y = table.columns[:2]
+        table = table[table[x].notna() & table[y].notna()]
         ax.plot(table[x], table[y], "o", color="#8494a4", ms=5, alpha=0.8)
-        if len(table) <= 12:
+        if 0 < len(table) <= 12:
             column = (20 * (table[x] - table[x].min()) / np.ptp(table[x])).round().fillna(0)
             order = np.lexsort([table[y], column])
             for i, (name, row) in enumerate(table.iloc[order].iterrows()):  # neighbours on different sides
                 where = {"xytext": (4, 3)} if i % 2 else {"xytext": (-4, -3), "ha": "right", "va": "top"}
-                ax.annotate(str(name), (row[x], row[y]), textcoords="offset points", fontsize=9, **where)
+                ax.annotate(_name(name), (row[x], row[y]), textcoords="offset points", fontsize=9, **where)
         ax.set(xlabel=x, ylabel=y)
         rank = table[x].corr(table[y], method="spearman")
-        ax.set_title(f"{label}\nrank correlation {rank:+.2f}", fontsize=10, loc="left")
+        ax.set_title(f"{_name(label)}\nrank correlation {rank:+.2f}", fontsize=10, loc="left")
         ax.margins(0.12)
     return fig

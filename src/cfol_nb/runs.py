@@ -63,6 +63,7 @@ from cfol_nb.files import (
 from cfol_nb.methods import METHODS
 from cfol_nb.models import MODELS
 from cfol_nb.objectives import OBJECTIVES
+from cfol_nb.samplers import LargeStep
 from cfol_nb.train import Diverging, check, code_of, make_model, new_model, step_passes, train
 
 
@@ -427,6 +428,7 @@ def _start_worker(devices, threads: int, environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     for told in (Diverging, Skipped):  # the caller of `compute` hears of it
         warnings.simplefilter("ignore", told)
+    warnings.simplefilter("ignore", LargeStep)  # which is of no harm in itself
     os.environ.clear()  # that of the server, which may be older than a change
     os.environ.update(environment)
     torch.set_num_threads(threads)

@@ -10,6 +10,9 @@ oldest draws not yet accounted for: each is divided by the probability that held
 
 from __future__ import annotations
 
+import math
+import numbers
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -18,12 +21,28 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 
+class LargeStep(UserWarning):
+    """A sampler's eta is so large that a single batch may turn its distribution around."""
+
+
+def _count(name: str, n) -> int:
+    if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1:
+        raise ValueError(f"{name}={n!r} is not a whole number of at least 1")
+    return int(n)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 class _Stateful(nn.Module, Sampler):
     """Indices 0..n-1 from a generator that `state_dict()` carries."""
 
     def __init__(self, n: int, seed: int, device):
         super().__init__()
-        self.n = n
+        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed={seed!r} is not a whole number of 64 bits")
+        self.n, seed = n, int(seed)
         self.generator = torch.Generator(device or "cpu").manual_seed(seed)
 
     def __len__(self) -> int:
@@ -56,7 +75,7 @@ class Shuffle(_Stateful):
         self.next = n
 
     def draw(self, n: int) -> Tensor:
-        if n > self.n:
+        if _count("n", n) > self.n:
             raise ValueError(f"a batch of {n} is larger than the {self.n} images there are")
         if self.next + n > self.n:
             self.order = torch.randperm(self.n, generator=self.generator, device=self.order.device)
@@ -78,13 +97,14 @@ class Shuffle(_Stateful):
 class _Exp3(_Stateful):
     """What the two samplers share: parameters, and the account of draws whose loss is still to come."""
 
-    def __init__(self, n: int, gamma: float, eta: float, seed: int, device, block: int):
+    def __init__(self, n: int, arms: int, gamma: float, eta: float, seed: int, device, block: int):
         super().__init__(n, seed, device)
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma={gamma} is not in [0, 1]: it is the share of uniform draws")
-        if not 0 <= eta < float("inf"):
-            raise ValueError(f"eta={eta} is not a finite number >= 0")
-        self.gamma, self.eta, self.block = gamma, eta, block
+        if not _is_number(gamma) or not 0 <= gamma <= 1:
+            raise ValueError(f"gamma={gamma!r} is not in [0, 1]: it is the share of uniform draws")
+        if not _is_number(eta) or not 0 <= eta < float("inf"):
+            raise ValueError(f"eta={eta!r} is not a finite number >= 0")
+        self.gamma, self.eta, self.block = gamma, eta, _count("block", block)
+        self.arms, self._warned = arms, False
         self._drawn: deque[list] = deque()  # [losses seen, draws, what recalls their probability] of each block
 
     def draw(self, n: int) -> Tensor:
@@ -92,14 +112,39 @@ class _Exp3(_Stateful):
 
         `update` for them comes before the next `draw`; to draw further ahead, iterate, or give `update` their p.
         """
+        self._weigh(_count("n", n))
         self._drawn.clear()
         return self._draw(n)
 
     def __iter__(self) -> Iterator[int]:
         """As many indices as there are examples, drawn `block` at a time from the then current distribution."""
+        self._weigh(min(self.block, self.n))
         self._drawn.clear()
         for start in range(0, self.n, self.block):
             yield from self._draw(min(self.block, self.n - start)).tolist()
+
+    def largest_eta(self, n: int) -> float:
+        """The largest eta with which a batch of n should move no log-weight by more than about 1.
+
+        Summed over the batch, loss / p has a mean of at most n and a variance of at most n / p, averaged over q of at
+        most n K / max(gamma, 1 - gamma), as p is at least gamma / K and at least (1 - gamma) q. So eta times the mean
+        and two standard deviations, n + 2 sqrt(n K / max(gamma, 1 - gamma)), shall not be above 1. For ten classes and
+        gamma = 1/2: 0.0074 with batches of 64, 0.0044 with 128. (Notebook 04 has batches of 64: 0.004 is borne there,
+        0.008 costs the mean 10 points.)
+        """
+        return 1 / (n + 2 * math.sqrt(n * self.arms / max(self.gamma, 1 - self.gamma)))
+
+    def _weigh(self, n: int) -> None:
+        """Warn, once, if eta is too large for batches of n."""
+        if not self._warned and self.gamma < 1 and self.eta > (most := self.largest_eta(n)):
+            self._warned = True
+            warnings.warn(
+                LargeStep(
+                    f"eta={self.eta:.2g} is above {most:.2g}: a batch of {n} may turn the distribution over "
+                    f"{self.arms} around; take less (a drift of 40 needs a longer run)"
+                ),
+                stacklevel=3,
+            )
 
     def _probability(self, arm: Tensor) -> Tensor:
         """(n,) float64: the probability with which the n oldest open draws fell on `arm`."""
@@ -124,14 +169,41 @@ class _Exp3(_Stateful):
 
         arm: (n,) int64, the label (`ClassSampler`) or index (`ExampleSampler`) of each example.
         wrong: (n,) in [0, 1], the 0-1 loss of the adversarial prediction, at the parameters before the step.
-        p: (n,) or a number, the probability that the example was drawn with; by default that of the n oldest draws that
-        are still open, so leave none out and keep their order, or give p.
+        p: (n,) or a number in (0, 1], the probability that the example was drawn with; by default that of the n oldest
+        draws that are still open, so leave none out and keep their order, or give p.
+        ValueError for what is out of range, before anything is changed. On a GPU that would be to wait for it: there
+        its own assertion fails a moment later, as PyTorch's do for an index out of range; bools need no such look.
         """
-        if len(arm) != len(wrong):
-            raise ValueError(f"{len(arm)} examples and {len(wrong)} losses: one loss per example is needed")
-        arm = arm.to(self.device)
-        p = self._probability(arm) if p is None else torch.as_tensor(p, device=self.device)
-        self._add(arm, wrong.detach().to(self.device, torch.float64) / p)
+        arm, wrong = (v if torch.is_tensor(v) else torch.as_tensor(v) for v in (arm, wrong))
+        if arm.ndim != 1 or arm.shape != wrong.shape:
+            shapes = f"examples of shape {tuple(arm.shape)} and losses of shape {tuple(wrong.shape)}"
+            raise ValueError(f"{shapes}: one loss per example is needed")
+        if arm.dtype != torch.int64:
+            if arm.is_floating_point() or arm.is_complex():
+                raise ValueError(f"examples of type {arm.dtype}: integers are needed")
+            arm = arm.long()
+        arm, wrong = arm.to(self.device), wrong.detach().to(self.device)
+        _inside(arm, 0, self.arms - 1, "labels or indices")
+        if wrong.dtype != torch.bool:
+            _inside(wrong, 0, 1, "losses")
+        if p is None:
+            return self._add(arm, wrong / self._probability(arm))
+        p = torch.as_tensor(p, device=self.device)
+        if p.ndim and p.shape != arm.shape:
+            raise ValueError(f"p of shape {tuple(p.shape)} for {len(arm)} examples: one number, or one per example")
+        _inside(p.double(), 5e-324, 1, "probabilities")  # the smallest positive number
+        self._weigh(len(arm))
+        return self._add(arm, wrong.double() / p)
+
+
+def _inside(values: Tensor, low: float, high: float, what: str) -> None:
+    """ValueError unless all of them lie in [low, high]; on a GPU, for which nothing waits, its own assertion."""
+    same = values.clamp(low, high)  # no number stays none, and is then not equal to itself
+    if not values.is_cpu:
+        torch._assert_async((same == values).all(), f"{what} are out of range in the update of a sampler")
+    elif not same.equal(values):
+        least, most = (v.item() for v in values.aminmax())
+        raise ValueError(f"{what} reach from {least:g} to {most:g}: they must lie in [{low:g}, {high:g}]")
 
 
 NAMES = ("uniform", "empirical")  # of distributions over classes
@@ -143,9 +215,12 @@ def _relative(name: str, given: str | Sequence[float], count: Tensor) -> Tensor:
         if given not in NAMES:
             raise ValueError(f"{name}={given!r} is not 'uniform', 'empirical', or one positive number per class")
         return torch.ones(len(count), dtype=torch.float64) if given == "uniform" else count / count.double().mean()
-    share = torch.as_tensor(given, dtype=torch.float64)
+    try:
+        share = torch.as_tensor(given, dtype=torch.float64).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        share = torch.empty(0)
     if share.shape != count.shape or not (share.isfinite() & (share > 0)).all():
-        raise ValueError(f"{name}={list(given)} is not one positive number for each of {len(count)} classes")
+        raise ValueError(f"{name}={given} is not one positive number for each of {len(count)} classes")
     return share / share.mean()
 
 
@@ -157,7 +232,8 @@ class ClassSampler(_Exp3):
     the largest label + 1. block: how many indices iterating draws at a time (your batch size is best).
     base: what gamma mixes with, in place of 1 / K; prior: softmax(w) before the first update; each is "uniform",
     "empirical" (the shares of the classes in labels), or K positive numbers in proportion.
-    Raises ValueError for a label out of range, an empty class, and a base or prior that is none of these.
+    Raises ValueError for a label out of range, an empty class, and any argument that is none of these. Warns once, at a
+    draw, if eta is above `largest_eta`.
 
     Pethick, Chrysos, Cevher (TMLR 2023), Algorithm 1 of the submission; w has the sign plus, a class with loss gains.
     """
@@ -174,16 +250,19 @@ class ClassSampler(_Exp3):
         base: str | Sequence[float] = "uniform",
         prior: str | Sequence[float] = "uniform",
     ):
-        labels = torch.as_tensor(labels).to("cpu", torch.int64)
+        labels = torch.as_tensor(labels)
         if labels.ndim != 1 or not len(labels):
             raise ValueError(f"labels of shape {tuple(labels.shape)}: a non-empty vector is needed")
-        k = int(labels.max()) + 1 if num_classes is None else num_classes
+        if labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"labels of type {labels.dtype}: integers are needed")
+        labels = labels.to("cpu", torch.int64)
+        k = int(labels.max()) + 1 if num_classes is None else _count("num_classes", num_classes)
         if int(labels.min()) < 0 or int(labels.max()) >= k:
             raise ValueError(f"label {int(labels.min() if labels.min() < 0 else labels.max())} is not in 0..{k - 1}")
         count = torch.bincount(labels, minlength=k)
         if not count.all():
             raise ValueError(f"class {int((count == 0).nonzero()[0])} has no examples: nothing could be drawn from it")
-        super().__init__(len(labels), gamma, eta, seed, device, block)
+        super().__init__(len(labels), k, gamma, eta, seed, device, block)
         self.num_classes = k
         base, prior = (_relative(name, given, count).to(device) for name, given in (("base", base), ("prior", prior)))
         self.register_buffer("mix", gamma / k * base, persistent=False)
@@ -216,7 +295,7 @@ class ClassSampler(_Exp3):
         self._drawn.append([0, n, p])
         u = torch.rand(2, n, dtype=torch.float64, generator=self.generator, device=p.device)
         of_class, of_example = u.unbind()
-        y = torch.searchsorted(p.cumsum(0), of_class, right=True).clamp_max_(self.num_classes - 1)
+        y = torch.searchsorted(p[:-1].cumsum(0), of_class, right=True)
         inside = of_example.mul_(state["count"].index_select(0, y)).long()  # u < 1, so this stays below the count
         return state["order"].index_select(0, inside.add_(state["start"].index_select(0, y)))
 
@@ -232,16 +311,18 @@ class ExampleSampler(_Exp3):
     """FOL: Exp3 over the N examples, p_i = gamma / N + (1 - gamma) exp(w_i) / sum_j exp(w_j).
 
     size: N, or anything that has a length (the labels). The weights lie in a binary tree of log-sums, so that a batch
-    of n costs O(n log N) to draw and to update, whatever N is. `update` takes the indices that were drawn.
+    of n costs O(n log N) to draw and to update, whatever N is. `update` takes the indices that were drawn. ValueError
+    for any argument out of range; warns once, at a draw, if eta is above `largest_eta`.
 
     Shalev-Shwartz and Wexler (2016), in the form that the CFOL submission compares with.
     """
 
     def __init__(self, size, gamma: float = 0.5, eta: float = 5e-7, seed: int = 0, device=None, block: int = 128):
-        n = size if isinstance(size, int) else len(size)
-        if n < 1:
+        n = len(size) if hasattr(size, "__len__") else size
+        if not n:
             raise ValueError("no examples: nothing could be drawn")
-        super().__init__(n, gamma, eta, seed, device, block)
+        n = _count("size", n)
+        super().__init__(n, n, gamma, eta, seed, device, block)
         self.depth = (n - 1).bit_length()
         leaves = torch.full((1 << self.depth,), -torch.inf, dtype=torch.float64)
         leaves[:n] = 0

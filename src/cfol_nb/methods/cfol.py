@@ -20,7 +20,7 @@ def step_size(eta: float | None, drift: float, examples: int) -> float:
 
 
 def _wrong(y: Tensor, logits: Tensor) -> Tensor:
-    return (logits.argmax(1) != y).double()
+    return logits.argmax(1) != y
 
 
 @register("cfol")
