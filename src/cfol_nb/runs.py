@@ -420,7 +420,7 @@ def compute(configs: Sequence[RunConfig], executor: Executor | None = None, *, c
     folders = {c.key(): folder_of(c) for c in configs}
     missing = {k: c for c in configs if not whole(folders[k := c.key()])}
     data = ("dataset", "image_size", "split_seed", "holdout", "train_limit", "test_limit", "imbalance", "without")
-    for config in {str([getattr(c, f) for f in (*data, "batch_size")]): c for c in missing.values()}.values():
+    for config in {str([getattr(c, f) for f in (*data, "crop", "batch_size")]): c for c in missing.values()}.values():
         images, _, _ = prepare(config)  # refuse bad data now, and decode once, not in every process
         if config.batch_size > len(images):
             raise ValueError(
