@@ -55,7 +55,7 @@ from cfol_nb.files import (
 from cfol_nb.methods import METHODS
 from cfol_nb.models import MODELS
 from cfol_nb.stats import counts
-from cfol_nb.train import Diverging, check, make_model, new_model, step_passes, train
+from cfol_nb.train import Diverging, _listening, check, make_model, new_model, step_passes, train
 
 
 class RunsFailed(RuntimeError):
@@ -353,6 +353,7 @@ def _start_worker(devices, threads: int, environment: dict[str, str]) -> None:
 
     def follow() -> None:
         multiprocessing.parent_process().join()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody waits for the result, and need not hear of that
         while True:  # the first stops a training run, which writes its checkpoint; the next ends the process
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
@@ -396,6 +397,15 @@ def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
             forkserver.ensure_running()
         finally:
             signal.signal(signal.SIGINT, before)
+    with _main_not_imported():
+        first = context.Process(target=int)
+        try:
+            first.start()  # returns once the libraries are there
+        except BaseException:  # stopped meanwhile: the server would serve a parent that is gone, and say so
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+            raise
+        first.join()
     devices = context.Queue() if cuda else None
     for i in range(workers if cuda else 0):
         devices.put(i)
@@ -486,8 +496,11 @@ def _do_all(
     reasons, todo = {}, list(jobs)
     try:
         for attempt in (1, 2):
-            with _main_not_imported() if own else contextlib.nullcontext():
+            # a process that is half begun when its parent is stopped would end with a traceback
+            with _main_not_imported() if own else contextlib.nullcontext(), _listening() as signals:
                 futures: dict[Future, str] = {executor.submit(work, *jobs[key]): key for key in todo}
+            for number in signals[:1]:
+                signal.raise_signal(number)
             todo, waiting = [], set(futures)
             while waiting:
                 done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
