@@ -81,10 +81,9 @@ def of_type(kind: Any, value: Any) -> Any:
     """
     strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     try:
-        adapter = TypeAdapter(kind, config=strict)
+        return TypeAdapter(kind, config=strict).validate_python(value)
     except (PydanticUserError, NameError):  # also of a class that brings its own configuration
         return value
-    return adapter.validate_python(value)
 
 
 def check_radius(eps: float, norm: str) -> float:

@@ -496,11 +496,13 @@ def _do_all(
     reasons, todo = {}, list(jobs)
     try:
         for attempt in (1, 2):
-            # a process that is half begun when its parent is stopped would end with a traceback
-            with _main_not_imported() if own else contextlib.nullcontext(), _listening() as signals:
-                futures: dict[Future, str] = {executor.submit(work, *jobs[key]): key for key in todo}
-            for number in signals[:1]:
-                signal.raise_signal(number)
+            signals: list[int] = []
+            try:  # a process that is half begun when its parent is stopped would end with a traceback
+                with _main_not_imported() if own else contextlib.nullcontext(), _listening() as signals:
+                    futures: dict[Future, str] = {executor.submit(work, *jobs[key]): key for key in todo}
+            finally:
+                for number in signals[:1]:
+                    signal.raise_signal(number)
             todo, waiting = [], set(futures)
             while waiting:
                 done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
