@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cfol_nb.__main__ import main
+from cfol_nb.config import MAX_SIDE
+
+SEEDS, MINUTES = 10_000, 1e6  # at most
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -21,25 +23,11 @@ app = typer.Typer(
 )
 
 
-def _stoppable(command):
-    """Ctrl-C ends the command with status 130 and a sentence."""
-
-    @functools.wraps(command)
-    def call(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except KeyboardInterrupt as stop:
-            said = str(stop) or "stopped"
-            typer.echo(f"\n{said}; what is finished is stored, and the same command goes on from there", err=True)
-            raise typer.Exit(130) from stop
-
-    return call
-
-
 def _pairs(texts: list[str]) -> dict[str, str]:
-    bad = [t for t in texts if "=" not in t or t.startswith("=")]
-    if bad:
-        raise ValueError(f"{bad[0]!r} is not of the form name=value")
+    for text in texts:
+        name, given, _ = text.partition("=")
+        if not given or not all(part.strip() for part in name.split(".")):
+            raise ValueError(f"{text!r} is not of the form name=value")
     return dict(t.split("=", 1) for t in texts)
 
 
@@ -54,15 +42,17 @@ def _settings(dataset: str, texts: list[str], **values) -> dict:
     for name, text in pairs.items():
         key, _, inner = name.partition(".")
         if inner:
-            if key not in ("model", "method", "objective", "schedule", "imbalance", "ensembling"):
+            if key not in ("model", "method", "objective", "schedule", "imbalance", "ensembling", "remake"):
                 raise ValueError(f"{key} takes no options, so {name} means nothing")
-            held = values.get(key, RunConfig(dataset=values["dataset"]).model_dump()[key]) or {}
+            held = values.get(key, RunConfig(dataset=values["dataset"]).model_dump()[key])
+            held = {} if held is None else held
+            if not isinstance(held, str | dict):
+                raise ValueError(f"{key}={held!r} has no options, so {name} means nothing")
             values[key] = {**({"name": held} if isinstance(held, str) else held), inner: parse(text)}
     return values
 
 
 @app.command()
-@_stoppable
 def run(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NOTEBOOK]...", help="Paths, names or numbers (04); all if none.")
@@ -112,12 +102,11 @@ def run(
 
 
 @app.command()
-@_stoppable
 def train(
     dataset: Annotated[str, typer.Option(help="See `cfol-nb list`.")] = "digits",
     method: Annotated[str, typer.Option(help="How classes are treated.")] = "cfol",
     objective: Annotated[str, typer.Option(help="What is minimised.")] = "at",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs with seed 0, 1, ...")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=SEEDS, help="Runs with seed 0, 1, ...")] = 1,
     settings: Annotated[
         list[str],
         typer.Option(
@@ -159,14 +148,17 @@ def train(
 
 
 @app.command()
-@_stoppable
 def suite(
     dataset: Annotated[str, typer.Argument(help="See `cfol-nb list`.")] = "cifar10",
     methods: Annotated[
         str, typer.Option(help="Names, comma-separated, in this order.")
     ] = "erm,cfol,cfol-trades,trades",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per method; all methods once, then all again.")] = 1,
-    minutes: Annotated[float, typer.Option(min=0, help="No run is started that the time left cannot hold.")] = 60,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=SEEDS, help="Runs per method; all methods once, then all again.")
+    ] = 1,
+    minutes: Annotated[
+        float, typer.Option(min=0, max=MINUTES, help="No run is started that the time left cannot hold.")
+    ] = 60,
     paper: Annotated[
         bool, typer.Option("--paper", help="200 epochs, decay at 100 and 150; else 30, one-cycle.")
     ] = False,
@@ -207,7 +199,6 @@ def suite(
 
 
 @app.command()
-@_stoppable
 def publish(
     names: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Names of `cfol-nb list`; * stands for any text.")
@@ -285,7 +276,6 @@ def report(out: Annotated[Path, typer.Option(file_okay=False, help="Folder of th
 
 
 @app.command()
-@_stoppable
 def audit(
     model: Annotated[str, typer.Option(help="FILE.py:function, torchvision:NAME, or run:NAME (a stored run).")],
     data: Annotated[
@@ -298,9 +288,11 @@ def audit(
     worst_only: Annotated[
         bool, typer.Option("--worst-only", help="Spend on the classes that can still be the worst, until one is left.")
     ] = False,
-    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so long, with what was found.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, max=MINUTES, help="Stop after so long, with what was found.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Images per class.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Resize to this side.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, max=MAX_SIDE, help="Resize to this side.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Attack a compiled copy; pays in long audits.")] = False,
     out: Annotated[
@@ -404,18 +396,6 @@ def list_() -> None:
     typer.echo(f"\nstored runs: {len(stored())}")
     for folder in stored():
         typer.echo(f"  {folder.name}")
-
-
-def main() -> None:
-    """The console script: an error is one sentence on stderr and a non-zero exit."""
-    try:
-        app()
-    except (ValueError, FileNotFoundError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except (RuntimeError, OSError, ArithmeticError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

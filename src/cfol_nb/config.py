@@ -16,7 +16,9 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PydanticUserError,
     Tag,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -36,7 +38,10 @@ def keywords(make: Callable) -> dict[str, inspect.Parameter]:
     """The named arguments of a callable; those of a class that passes `**named` on include its parent's."""
     found: dict[str, inspect.Parameter] = {}
     for part in [c.__init__ for c in make.__mro__ if "__init__" in vars(c)] if inspect.isclass(make) else [make]:
-        taken = inspect.signature(part).parameters.values()
+        try:
+            taken = inspect.signature(part, eval_str=True).parameters.values()
+        except Exception:  # annotations that are only there for a type checker
+            taken = inspect.signature(part).parameters.values()
         named = {p.name: p for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"}
         found = {**named, **found}
         if not any(p.kind is p.VAR_KEYWORD for p in taken):
@@ -47,14 +52,38 @@ def keywords(make: Callable) -> dict[str, inspect.Parameter]:
 def options(kind: str, spec: Mapping[str, Any], table: Mapping[str, Callable], given: Iterable[str] = ()) -> dict:
     """The options of `spec` for `table[spec["name"]]`, refused if that callable does not take them.
 
-    `given`: argument names that the program supplies itself, so a user may not.
+    `given`: argument names that the program supplies itself, so a user may not. Values must be of the annotated types,
+    numbers finite; without an annotation, of the default's type if that is a number, text or a truth value.
     """
-    known = [k for k in keywords(table[choose(kind, spec["name"], table)]) if k not in given]
+    known = {k: p for k, p in keywords(table[choose(kind, spec["name"], table)]).items() if k not in given}
     rest = {k: v for k, v in spec.items() if k != "name"}
-    for key in rest:
+    for key, value in rest.items():
         if key not in known:
             raise ValueError(f"{kind} {spec['name']!r} has no option {key!r}; it takes: {', '.join(known) or 'none'}")
+        wanted, default = known[key].annotation, known[key].default
+        if wanted is known[key].empty:
+            wanted = {bool: bool, int: float, float: float, str: str}.get(type(default), Any)
+        try:
+            of_type(wanted, value)
+        except ValidationError:
+            shown = getattr(wanted, "__name__", str(wanted)) if inspect.isclass(wanted) else str(wanted)
+            raise ValueError(
+                f"{key}={value!r} of {kind} {spec['name']!r}: {shown.replace('collections.abc.', '')} is needed"
+                + ("" if default in (None, known[key].empty) else f", as in {default!r}")
+            ) from None
     return rest
+
+
+def of_type(kind: Any, value: Any) -> Any:
+    """`value`, if it is of this type, strictly: 1 is a float, 1.0 is no int, True is neither, and nan is no number.
+
+    What pydantic cannot check, such as an annotation that names no type, is taken as it is. Raises ValidationError.
+    """
+    strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    try:
+        return TypeAdapter(kind, config=strict).validate_python(value)
+    except (PydanticUserError, NameError):  # also of a class that brings its own configuration
+        return value
 
 
 def check_radius(eps: float, norm: str) -> float:
@@ -77,21 +106,38 @@ def _spec(value: Any) -> Any:
 
 
 def _plain(value: dict) -> dict:
-    json.dumps(value, allow_nan=False)  # refuses what could not be stored
+    for name, given in value.items():
+        try:
+            json.dumps(given, allow_nan=False)
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError(f"{name}={given!r} is not what JSON holds: finite numbers, texts, lists of them") from None
     return value
 
 
+def as_json(value: Any, where: str = "") -> Any:
+    """The same in Python's own types, as JSON gives them: NumPy's numbers, tuples, and numbers as names of options."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if isinstance(key, bool) or not isinstance(key, int | str):
+                raise ValueError(f"{where or dict(value)}: {key!r} is no name")
+        return {str(k): as_json(v, f"{where}.{k}" if where else k) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(v, where) for v in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+_AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Spec = Annotated[dict[str, Any], BeforeValidator(_spec), AfterValidator(_plain)]
 
 
 class _Strict(BaseModel):
-    """Refuses what it does not know, and in a sentence: ValueError."""
+    """Refuses what it does not know or what is of another type, and in a sentence: ValueError."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def __init__(self, **given):
         try:
-            super().__init__(**given)
+            super().__init__(**as_json(given))
         except ValidationError as error:
             said = dict.fromkeys(self._said(e) for e in error.errors())
             raise ValueError("; ".join(said)) from None
@@ -169,7 +215,8 @@ class Schedule(_Strict):
     'cyclic' (triangles from zero up to the peak and down again, Smith 2017)."""
 
     name: Literal["onecycle", "cosine", "step", "cyclic"]
-    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)  # fractions of the run
+    # fractions of the run
+    milestones: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], _AsTuple] = (0.5, 0.75)
     factor: float = Field(0.1, gt=0)
     cycles: int = Field(3, ge=1)
 
@@ -201,6 +248,7 @@ class Ensembling(_Strict):
     ramp: float = Field(0.5, gt=0, le=1)
 
 
+MAX_SIDE = 4096  # pixels that an image is resized to at most
 # What a data set is usually trained with; every value can be given instead.
 _COLUMNS = ("model", "eps", "epochs", "batch_size", "lr", "dtype", "holdout")
 _DIGITS = dict(zip(_COLUMNS, ("smallcnn", 0.15, 40, 64, 0.2, "float64", 0.1), strict=True)) | {"device": "cpu"}
@@ -217,13 +265,15 @@ class RunConfig(_Strict):
 
     # data
     dataset: str = "digits"
-    image_size: int | None = Field(None, ge=8, description="resize to this side; None: as stored")
-    split_seed: int = Field(0, ge=0, description="seed of every split made here")
+    image_size: int | None = Field(None, ge=8, le=MAX_SIDE, description="resize to this side; None: as stored")
+    split_seed: int = Field(0, ge=0, lt=2**63, description="seed of every split made here")
     holdout: float = Field(gt=0, lt=1, description="stratified part of the training split, for selection")
     train_limit: int | None = Field(None, ge=1, description="images per class, before the hold-out is taken")
     test_limit: int | None = Field(None, ge=1, description="test images per class")
     imbalance: Imbalance | None = None
-    without: tuple[str, ...] = Field((), description="names of classes that are left out, in training and test")
+    without: Annotated[tuple[str, ...], _AsTuple] = Field(
+        (), description="names of classes that are left out, in training and test"
+    )
     crop: int | None = Field(None, ge=0, description="random crop after padding by so many pixels; None: data set's")
     flip: bool | None = Field(None, description="random horizontal flip; None: data set's")
     # what is trained
@@ -264,7 +314,7 @@ class RunConfig(_Strict):
     attacks: dict[str, AnyAttack] = Field(
         description="evaluation attacks by name; default PGD-20 at the training radius"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["auto", "eager", "compile", "graph"] = Field(
         "auto", description="how a step is computed; auto: eager on the CPU, one CUDA graph on a GPU"
@@ -277,9 +327,9 @@ class RunConfig(_Strict):
             return values
         values = {**(_DIGITS if values.get("dataset", "digits") == "digits" else _IMAGES), **values}
         try:
-            eps, norm = float(values["eps"]), values.get("norm", "linf")
+            eps, norm = of_type(float, values["eps"]), values.get("norm", "linf")
             known = norm in ("linf", "l2")
-        except (TypeError, ValueError):
+        except ValidationError:
             known = False
         if not known:
             return {"step": 1.0, "attacks": {}, **values}  # refused below, with the field's name

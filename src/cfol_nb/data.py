@@ -656,6 +656,8 @@ def prepare(config: RunConfig) -> tuple[ImageSet, ImageSet, DataSet]:
     train, held, test = (leave_out(part, config.without) for part in (train, held, test))
     crop = data.crop if config.crop is None else config.crop
     flip = data.flip if config.flip is None else config.flip
+    if crop >= (side := min(test.images.shape[2:])):
+        raise ValueError(f"crop={crop}: images of {side} pixels could be moved out of sight; 0 to {side - 1} is needed")
     return train, held, DataSet(data.name, train, test, crop, flip)
 
 

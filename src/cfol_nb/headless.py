@@ -8,8 +8,10 @@ import contextlib
 import json
 import logging
 import os
+import pathlib
 import re
 import sys
+import typing
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
@@ -18,13 +20,18 @@ from typing import Any
 import nbformat
 import papermill
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 from traitlets.config import Config
 
-from cfol_nb.config import choose
+from cfol_nb.config import as_json, choose
 from cfol_nb.files import ROOT, runs_dir
 
-TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "None": None}
+# what the annotations of parameters are made of
+TYPES = {
+    **{t.__name__: t for t in (int, float, str, bool, list, dict, tuple, set, frozenset, object, Path)},
+    **{name: getattr(typing, name) for name in typing.__all__},
+    **{"typing": typing, "pathlib": pathlib, "None": None},
+}
 
 
 class NotebookFailed(RuntimeError):
@@ -48,18 +55,21 @@ def find(name: str) -> Path:
 
 def parse(text: str) -> Any:
     """JSON, a Python literal, or arithmetic on numbers such as 8/255."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
 
     def value(node) -> Any:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div | ast.Mult):
             a, b = value(node.left), value(node.right)
+            if not (isinstance(a, int | float) and isinstance(b, int | float)):
+                raise ValueError
             return a / b if isinstance(node.op, ast.Div) else a * b
         return ast.literal_eval(node)
 
     try:
+        ast.parse(f"({text.strip()})", mode="eval")  # no comment at its end: 0.1#2 is no number
         return value(ast.parse(text, mode="eval").body)
-    except (ValueError, SyntaxError, TypeError, ZeroDivisionError):
+    except (ValueError, SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError):
         return text
 
 
@@ -67,48 +77,84 @@ def from_file(path: Path) -> dict[str, Any]:
     """The parameters of a YAML file, as papermill's -f takes it. Raises ValueError if it is no mapping of names."""
     try:
         values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no parameters: lines of the form 'name: value' are needed")
     return values
 
 
+def read(path: Path) -> nbformat.NotebookNode:
+    """A notebook. Raises ValueError, with the path, for a file that is none or cannot be read."""
+    try:
+        nb = nbformat.convert(nbformat.reader.reads(Path(path).read_text(encoding="utf-8")), 4)
+        nbformat.validate(nb)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except Exception as error:  # of many kinds: what is not JSON, has no cells or is of an unknown version
+        raise ValueError(f"{path} is not a notebook: {(str(error) or repr(error)).splitlines()[0]}") from error
+    return nb
+
+
 def _parameters(source: str) -> dict[str, tuple[str, str]]:
-    """{name: (annotation or "", default)} of the assignments in a cell, as text."""
+    """{name: (annotation or "", default)} of the assignments in a cell, as text; magics are left out.
+
+    Raises ValueError for a cell that is no Python.
+    """
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        body = ast.parse(re.sub(r"(?m)^[ \t]*([\w., ]+=[ \t]*)?[%!?].*$|^.*\?[ \t]*$", "", source)).body
     out = {}
-    for node in ast.parse(source).body:
+    for node in body:
         if isinstance(node, ast.AnnAssign) and node.value is not None:
             out[ast.unparse(node.target)] = ast.unparse(node.annotation), ast.unparse(node.value)
         elif isinstance(node, ast.Assign):
-            out[ast.unparse(node.targets[0])] = "", ast.unparse(node.value)
+            for target in node.targets:
+                out[ast.unparse(target)] = "", ast.unparse(node.value)
     return out
 
 
-def _type(annotation: str, default: str):
-    """The type of a parameter from its annotation, or else from its default."""
-    return eval(annotation, {"__builtins__": {}}, TYPES) if annotation else type(parse(default))
+def _type(annotation: str, default: str) -> Any:
+    """The type of a parameter from its annotation, or else from its default; Any if neither tells."""
+    with contextlib.suppress(Exception):  # an annotation may be any expression
+        if annotation and isinstance(kind := eval(annotation, {"__builtins__": {}}, TYPES), str):
+            kind = eval(kind, {"__builtins__": {}}, TYPES)  # in quotes
+        if annotation:
+            TypeAdapter(kind)
+            return kind
+    value = parse(default)
+    return Any if value is None or value == default else type(value)  # what is not read is an expression
 
 
 def typed(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters in the types that the notebook's parameters cell states; text is read as a value of that type.
 
+    Values are what papermill can write: a list stands for a tuple, text for a path.
     Raises ValueError for a notebook without such a cell, an unknown name, or a value of another type.
     """
-    tagged = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    tagged = [c for c in read(path).cells if "parameters" in c.metadata.get("tags", [])]
     if not tagged:
         raise ValueError(f"{path.name} has no cell tagged 'parameters'")
-    known = _parameters(tagged[0].source)
+    try:
+        known = _parameters(tagged[0].source)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"the parameters cell of {path.name} is not Python: {error}") from error
     out = {}
     for name, raw in given.items():
         spec = known[choose(f"parameter of {path.name}", name, known)]
         kind = _type(*spec)
-        value = parse(raw) if isinstance(raw, str) and kind is not str else raw
-        try:
-            out[name] = TypeAdapter(kind).validate_python(value, strict=True)
-        except ValidationError as error:
-            wanted = getattr(kind, "__name__", str(kind))
-            raise ValueError(f"parameter {name}={raw} of {path.name}: {wanted} is needed, as in {spec[1]}") from error
+        adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+        for value in (parse(raw), raw) if isinstance(raw, str) and kind is not str else (raw,):
+            with contextlib.suppress(ValueError, TypeError):  # as JSON: where a list is a tuple, and text a path
+                text = json.dumps(as_json(value), allow_nan=False, default=os.fspath)
+                out[name] = adapter.dump_python(adapter.validate_json(text, strict=True), mode="json")
+                break
+        else:
+            wanted = getattr(kind, "__name__", str(kind)) if not spec[0] else spec[0]
+            raise ValueError(f"parameter {name}={raw} of {path.name}: {wanted} is needed, as in {spec[1]}")
     return out
 
 
@@ -157,7 +203,7 @@ def run(source: Path, target: Path | None = None, parameters: Mapping[str, Any] 
             )
     except KeyboardInterrupt as stop:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # nbclient leaves a task whose exception nobody reads
-        raise KeyboardInterrupt(f"{source.name} was stopped (what ran: {part})") from stop
+        raise KeyboardInterrupt(f"{source.name} was {str(stop) or 'stopped'} (what ran: {part})") from stop
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise NotebookFailed(f"{source.name} stopped: {lines[-1]} (what ran, and the traceback: {part})") from error

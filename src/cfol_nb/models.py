@@ -221,8 +221,8 @@ def preactresnet18(num_classes: int, channels: int, width: int = 64) -> nn.Modul
 @register("wrn")
 def wrn(num_classes: int, channels: int, depth: int = 34, widen: int = 10) -> nn.Module:
     """Wide ResNet (Zagoruyko and Komodakis 2016); depth = 6 n + 4. WRN-34-10 by default (46.2 M parameters)."""
-    if (depth - 4) % 6:
-        raise ValueError(f"depth={depth} is not 6 n + 4")
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f"depth={depth} is not 6 n + 4 with n of at least 1")
     return nn.Sequential(
         _conv(channels, 16),
         *_stages(_PreAct, [16 * widen, 32 * widen, 64 * widen], (depth - 4) // 6, 16),

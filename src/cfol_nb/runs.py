@@ -64,7 +64,7 @@ from cfol_nb.methods import METHODS
 from cfol_nb.models import MODELS
 from cfol_nb.objectives import OBJECTIVES
 from cfol_nb.samplers import LargeStep
-from cfol_nb.train import Diverging, check, code_of, make_model, new_model, step_passes, train
+from cfol_nb.train import Diverging, _listening, check, code_of, make_model, new_model, step_passes, train
 
 
 class RunsFailed(RuntimeError):
@@ -437,6 +437,7 @@ def _start_worker(devices, threads: int, environment: dict[str, str]) -> None:
 
     def follow() -> None:
         multiprocessing.parent_process().join()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody waits for the result, and need not hear of that
         while True:  # the first stops a training run, which writes its checkpoint; the next ends the process
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
@@ -481,6 +482,15 @@ def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
             forkserver.ensure_running()
         finally:
             signal.signal(signal.SIGINT, before)
+    with _main_not_imported():
+        first = context.Process(target=int)
+        try:
+            first.start()  # returns once the libraries are there
+        except BaseException:  # stopped meanwhile: the server would serve a parent that is gone, and say so
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+            raise
+        first.join()
     devices = context.Queue() if cuda else None
     for i in range(workers if cuda else 0):
         devices.put(i)
@@ -525,7 +535,7 @@ def compute(
             stacklevel=2,
         )
     data = ("dataset", "image_size", "split_seed", "holdout", "train_limit", "test_limit", "imbalance", "without")
-    for config in {str([getattr(c, f) for f in (*data, "batch_size")]): c for c in missing.values()}.values():
+    for config in {str([getattr(c, f) for f in (*data, "crop", "batch_size")]): c for c in missing.values()}.values():
         images, _, _ = prepare(config)  # refuse bad data now, and decode once, not in every process
         if config.batch_size > len(images):
             raise ValueError(
@@ -586,8 +596,13 @@ def _do_all(
     reasons, todo = {}, list(jobs)
     try:
         for attempt in (1, 2):
-            with _main_not_imported() if own else contextlib.nullcontext():
-                futures: dict[Future, str] = {executor.submit(work, *jobs[key]): key for key in todo}
+            signals: list[int] = []
+            try:  # a process that is half begun when its parent is stopped would end with a traceback
+                with _main_not_imported() if own else contextlib.nullcontext(), _listening() as signals:
+                    futures: dict[Future, str] = {executor.submit(work, *jobs[key]): key for key in todo}
+            finally:
+                for number in signals[:1]:
+                    signal.raise_signal(number)
             todo, waiting = [], set(futures)
             while waiting:
                 done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)

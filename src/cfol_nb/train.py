@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -53,9 +54,20 @@ def check(config: RunConfig) -> None:
     with _of_its_kind("objective", config.objective):
         OBJECTIVES[config.objective["name"]](**own)
     if config.remake is not None:
-        options("remake", config.remake, REMAKES, given=("model", "images", "seed", "progress"))
-    with _of_its_kind("model", config.model), torch.device("meta"):  # takes no memory and no time
-        method.start(build(num_classes=2, channels=3, **config.model))
+        own = options("remake", config.remake, REMAKES, given=("model", "images", "seed", "progress"))
+        if bad := [f"{k}={v}" for k, v in own.items() if not v > 0]:
+            raise ValueError(f"{bad[0]} of remake {config.remake['name']!r}: a number > 0 is needed")
+    own = {k: v for k, v in config.model.items() if k != "head"}
+    options("model", own, MODELS, given=("num_classes", "channels"))
+    # takes no memory and no time
+    with _of_its_kind("model", config.model), torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        model = build(num_classes=2, channels=3, **config.model)
+        method.start(model)
+    sizes, memory = [p.numel() for p in model.parameters()], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not all(sizes):
+        raise ValueError(f"model {config.model} has layers without weights: larger options are needed")
+    if (needed := 16 * sum(sizes)) > memory:  # weights, gradients, momentum and a copy, of 4 bytes each or more
+        raise ValueError(f"model {config.model} needs {needed >> 30} GiB: this machine has {memory >> 30} GiB")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no CUDA device: use device='cpu' or 'auto'")
 
