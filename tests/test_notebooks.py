@@ -5,6 +5,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -192,6 +194,55 @@ def test_failing_cells_and_dead_kernels_leave_the_partial_notebook(toy, tmp_path
     partial = (tmp_path / "out/toy.partial.ipynb").read_text()
     assert "first" in partial
     assert "ZeroDivisionError" in partial or says != "ZeroDivisionError"
+
+
+def cell_with(*pieces):
+    """A cell whose streams came in these pieces, (name, text) each; one without a name is a table."""
+    new = nbformat.v4.new_output
+    tables = {"data": {"text/html": "t"}}
+    outputs = [new("stream", name=n, text=t) if n else new("display_data", **tables) for n, t in pieces]
+    return nbformat.v4.new_code_cell("", outputs=outputs)
+
+
+def test_streams_are_joined_and_shown_as_a_terminal_does():
+    pieces = [("stderr", "e"), ("stdout", "1 %\r2"), (None, ""), ("stdout", " %\r100 %\r\nnext\r"), ("stderr", "\nf")]
+    cell = cell_with(*pieces)
+    headless._tidied(cell)
+    assert [o.get("text", "t") for o in cell.outputs] == ["100 %\r\nnext\r", "e\nf", "t"]
+
+
+@pytest.mark.parametrize("piece", ["x", "\r", "/", "a\r", "/usr:1", "/ x.py:1:"])
+def test_time_of_one_long_line_is_in_proportion_to_its_length(piece):
+    def seconds(length):
+        cell = cell_with(*[("stderr", piece * (length // len(piece) // 4))] * 4)
+        start = time.process_time()
+        headless._tidied(cell)
+        return time.process_time() - start
+
+    seconds(10)
+    least = min(seconds(400_000) for _ in range(3))
+    assert seconds(4_000_000) < 50 * least + 0.5  # ten times the length; its square would be 100 times
+
+
+@pytest.mark.slow
+def test_warnings_of_executed_notebooks_hold_no_path_of_the_machine(toy, tmp_path):
+    (tmp_path / "my lib").mkdir()
+    (tmp_path / "my lib" / "helper.py").write_text("import warnings\ndef f():\n    warnings.warn('beware, /b:3: c')\n")
+    source = toy(
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'my lib')!r}); import helper, warnings; helper.f()\n"
+        "warnings.warn('here')\nimport torch; warnings.warn(f'see {torch.__file__}')",
+        "import logging, os, pathlib; logging.warning(f'{pathlib.Path.home()}/x {os.getcwd()}')\nprint('x' * 400_000)",
+    )
+    first, second = code(run(source))[-2:]
+    (text,) = (o.text for o in first.outputs)
+    assert "helper.py:3: UserWarning: beware, /b:3: c\n" in text
+    assert re.search(r"^\w+\.py:2: UserWarning: here$", text, re.M)
+    assert "see torch/__init__.py" in text
+    long, logged = (o.text for o in second.outputs)
+    assert long == "x" * 400_000 + "\n"
+    assert logged.startswith("WARNING:root:x ")
+    for place in (tmp_path, Path.home(), ROOT, sys.prefix, "/tmp", "site-packages"):
+        assert str(place) not in text + logged
 
 
 def test_notebooks_are_found_by_number_name_or_path(toy):

@@ -1,6 +1,7 @@
 """The command line, the README and the set-up files, as a user meets them."""
 
 import html
+import html.parser
 import importlib.metadata
 import re
 import subprocess
@@ -303,6 +304,84 @@ def test_the_report_is_a_page_for_every_notebook_and_needs_no_network(tmp_path, 
         assert not re.search(r'<script|(src|href)="(?!data:|#|[0-9a-z_]+\.html)', text.split("<body")[1])
         assert "<script" not in text
         assert "<link" not in text
+
+
+RUN = "document.title='run'"  # stands for any script
+HOSTILE = (
+    f"<script>{RUN}</script>",
+    f"</title></style></textarea></body></html><script>{RUN}</script>",
+    f'<img src="http://e.test/i.png" srcset="//e.test/j.png 1x" onerror="{RUN}">',
+    f'<a href="javascript:{RUN}">a</a> <javascript:{RUN}>',
+    f"<a href='\x01java\nscript:{RUN}'>b</a> [c](javascript:{RUN})",
+    f'<a href=" da\tta:text/html,<script>{RUN}</script>" ping="//e.test/">a</a> ![d](//e.test/k.png)',
+    f'<iframe src="//e.test/"></iframe><iframe srcdoc="<script>{RUN}</script>"></iframe>',
+    f'<svg onload="{RUN}"><script>{RUN}</script><image href="//e.test/"/></svg><object data="//evil.test/"></object>',
+    '<meta http-equiv="refresh" content="0;url=//e.test/"><base href="//e.test/">',
+    '<link rel="stylesheet" href="//e.test/a.css"><style>@import "//e.test/b.css"; p { color: red }</style>',
+    '<p style="background-color: url(//e.test/); background: u\\72l(//e.test/)">a</p>',
+    '<table background="//e.test/"><tr><td background="//e.test/">a</td></tr></table>',
+    f'<video autoplay src="//e.test/"></video><form action="//e.test/"><input autofocus onfocus="{RUN}"></form>',
+    f'<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror={RUN}&gt;">',
+    f'<noscript><p title="</noscript><img src=x onerror={RUN}>"></noscript><details open ontoggle="{RUN}">d</details>',
+)
+
+
+class Parts(html.parser.HTMLParser):
+    """(tag, {attribute: value}) of everything in a page, as a browser reads the text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+
+@pytest.mark.filterwarnings("ignore:.*(No lexer|not able to be represented)")
+def test_the_report_is_safe_to_open_whatever_a_notebook_holds(tmp_path, monkeypatch):
+    new, cells = nbformat.v4, []
+    for text in HOSTILE:
+        shown = [
+            {kind: text}
+            for kind in ("html", "markdown", "latex", "plain", "javascript", "vnd.mermaid", "x; y")
+            for kind in ([f"text/{kind}"] if kind != "javascript" else ["application/javascript"])
+        ]
+        shown += [{"image/svg+xml": text}, {"image/png": f'AA">{text}'}, {"image/jpeg": f'AA">{text}'}]
+        shown += [{"application/vnd.jupyter.widget-view+json": {"model_id": text}}]
+        sized = {"image/png": {"width": f"1 onload={RUN}", "height": f'1" onload="{RUN}'}}
+        cell = new.new_code_cell(text, metadata={"tags": [text.replace(",", ""), f'x" onclick="{RUN}']})
+        cell.outputs = [new.new_output("display_data", data=data) for data in shown]
+        cell.outputs += [new.new_output("display_data", data={"image/png": "AAAA"}, metadata=sized)]
+        named = {"filenames": {"image/png": "//e.test/"}}
+        cell.outputs += [new.new_output("display_data", data={"image/png": "AAAA"}, metadata=named)]
+        cell.outputs += [new.new_output("stream", name=n, text=f"\x1b[31m{text}\x1b[0m") for n in ("stdout", "stderr")]
+        cell.outputs += [new.new_output("error", ename=text, evalue=text, traceback=[text])]
+        cells += [new.new_markdown_cell(f"words {text}"), new.new_markdown_cell(text), cell]
+        cells += [new.new_raw_cell(text, metadata={"raw_mimetype": "text/html"})]
+    first = new.new_markdown_cell(f'# A {HOSTILE[1]} " onload="{RUN}\n\nwords {" ".join(HOSTILE)}')
+    state = {"state": {"a": f"</script>{HOSTILE[0]}"}, "version_major": 2, "version_minor": 0}
+    notebook = new.new_notebook(cells=[first, *cells])
+    notebook.metadata = {
+        "title": HOSTILE[1],
+        "language_info": {"name": HOSTILE[0], "pygments_lexer": f'"{HOSTILE[0]}'},
+        "widgets": {"application/vnd.jupyter.widget-state+json": state},
+    }
+    nbformat.write(notebook, tmp_path / "99_hostile.ipynb")
+    nbformat.write(new.new_notebook(), tmp_path / "98_empty.ipynb")
+    monkeypatch.setattr(headless, "notebooks", lambda: sorted(tmp_path.glob("*.ipynb")))
+    index = headless.report(tmp_path / "site")
+    assert {p.name for p in index.parent.iterdir()} == {"index.html", "98_empty.html", "99_hostile.html"}
+    for page in (p.read_text() for p in index.parent.iterdir()):
+        assert "default-src 'none'" in page
+        assert not re.search(r"@import|url\((?!data:)", page.split("<body")[0])
+        for tag, has in Parts(page).tags:
+            assert tag not in {"script", "iframe", "link", "svg", "math", "object", "embed", "base", "form", "video"}
+            assert not [name for name in has if name.startswith("on") or name in ("srcset", "srcdoc", "background")]
+            assert (has.get("src") or "data:image/").startswith("data:image/")
+            assert "url" not in has.get("style", "")
+            assert re.match(r"https?:|//|#|[0-9a-z_]+\.html$|$", has.get("href") or ""), has
+            assert tag != "meta" or has.get("http-equiv") in (None, "Content-Security-Policy")
 
 
 def test_make_help_and_the_python_check():

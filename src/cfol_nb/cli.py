@@ -250,7 +250,6 @@ def publish(
 
 
 @app.command()
-@_stoppable
 def verify(
     results: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder of the JSONs; default results/.")

@@ -10,10 +10,14 @@ import logging
 import os
 import pathlib
 import re
+import site
 import sys
+import sysconfig
+import tempfile
 import typing
 from collections.abc import Iterator, Mapping
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from pydantic import ConfigDict, TypeAdapter
 from traitlets.config import Config
 
 from cfol_nb.config import as_json, choose
-from cfol_nb.files import ROOT, runs_dir
+from cfol_nb.files import ROOT, replacing, runs_dir
 
 # what the annotations of parameters are made of
 TYPES = {
@@ -171,6 +175,38 @@ def _kernel_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
+def _placeless(text: str) -> str:
+    """Text without the machine's paths: "/lib/x.py:3: UserWarning: y" is "x.py:3: UserWarning: y", and what lies under
+    the checkout, the working directory, the home, the temporary folder or Python's folders is named from there on."""
+    text = re.sub(r"^(?:/|[A-Z]:\\)(?:[^\n:]*[/\\])?([^\n:/\\]+:\d+: )", r"\1", text, flags=re.M)
+    places = [ROOT, Path.cwd(), Path.home(), tempfile.gettempdir(), sys.prefix, sys.base_prefix]
+    places += [*site.getsitepackages(), site.getusersitepackages(), *sysconfig.get_paths().values()]
+    known = {str(p) for place in map(Path, places) for p in (place, place.resolve()) if p != p.parent}
+    longest_first = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+    return re.sub(rf"(?<![\w.~/\\-])(?:{longest_first})(?:[/\\]|(?![\w.-]))", "", text)
+
+
+def _tidied(cell: nbformat.NotebookNode, **_) -> None:
+    """Join the pieces of a cell's streams, stdout before stderr, and show them as a terminal does: what a carriage
+    return goes back over is gone. nbclient's own way (`coalesce_streams`) takes the square of a line's length.
+    """
+    texts, outputs = {}, []
+    for output in cell.outputs:
+        name = output.get("name") if output.output_type == "stream" else None
+        if name is None or name not in texts:
+            outputs.append(output)
+        if name is not None:
+            texts.setdefault(name, []).append(output.text)
+    for output in outputs:
+        if output.output_type == "stream":
+            text = re.sub(r"^.*\r(?=[^\n])", "", "".join(texts[output.name]), flags=re.M)
+            output.text = _placeless(text) if output.name == "stderr" else text
+    for i, (a, b) in enumerate(pairwise(outputs)):
+        if (a.get("name"), b.get("name")) == ("stderr", "stdout"):
+            outputs[i : i + 2] = b, a
+    cell.outputs = outputs
+
+
 def run(source: Path, target: Path | None = None, parameters: Mapping[str, Any] | None = None) -> Path:
     """Execute a notebook into `target` (by default runs/notebooks/) and return where it lies.
 
@@ -198,7 +234,7 @@ def run(source: Path, target: Path | None = None, parameters: Mapping[str, Any] 
                 cwd=os.getcwd(),
                 progress_bar=False,
                 autosave_cell_every=30,
-                coalesce_streams=True,
+                on_cell_executed=_tidied,
                 config=config,
             )
     except KeyboardInterrupt as stop:
@@ -206,7 +242,8 @@ def run(source: Path, target: Path | None = None, parameters: Mapping[str, Any] 
         raise KeyboardInterrupt(f"{source.name} was {str(stop) or 'stopped'} (what ran: {part})") from stop
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise NotebookFailed(f"{source.name} stopped: {lines[-1]} (what ran, and the traceback: {part})") from error
+        reason = lines[-1][:300]
+        raise NotebookFailed(f"{source.name} stopped: {reason} (what ran, and the traceback: {part})") from error
     if skipped := [
         i for i, c in enumerate(nb.cells) if c.cell_type == "code" and c.source.strip() and c.execution_count is None
     ]:
@@ -248,55 +285,92 @@ def store(source: Path) -> None:
             cell.metadata.pop(key, None)
     executed.metadata.pop("papermill", None)
     executed.metadata.pop("widgets", None)
-    nbformat.write(executed, source)
+    with replacing(source) as part:
+        nbformat.write(executed, part)
     texts, pictures = shared(source)
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, block in texts.items():
         text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.S)
-    readme.write_text(text)
+    with replacing(readme) as part:
+        part.write_text(text)
     for name, picture in pictures.items():
-        (ROOT / name).write_bytes(picture)
+        with replacing(ROOT / name) as part:
+            part.write_bytes(picture)
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>cfol-nb</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-section {{ border-top: 1px solid #ddd; padding: 1rem 0 }} h1, h2 {{ font-weight: 600 }} h2 {{ margin: 0 }}
-img {{ max-width: 100%; max-height: 22rem }} a {{ color: #c0392b; text-decoration: none }}
-</style></head><body><h1>cfol-nb</h1><p>How robust is the worst class of a classifier, and can it be better?</p>
-{sections}</body></html>
-"""
+# what a browser holds to, whatever the page says: no script, and nothing from elsewhere
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_STYLE = """<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+section { border-top: 1px solid #ddd; padding: 1rem 0 } h1, h2 { font-weight: 600 } h2 { margin: 0 }
+img { max-width: 100%; max-height: 22rem } a { color: #c0392b; text-decoration: none }
+</style>"""
+
+
+def _write_page(path: Path, title: str, style: str, body: str, kind: str = "") -> None:
+    """A page of HTML that is safe to open whatever `title` and `body` hold. kind: attributes of the body."""
+    import nh3
+
+    def kept(tag: str, name: str, value: str) -> str | None:
+        """Pictures lie in the page, and nothing else is data."""
+        if name == "src":
+            safe = re.match(r"data:image/(png|jpeg);base64,[\w+/=\s]*$", value)
+        elif name == "style":
+            safe = not re.search(r"url|\\", value, re.I)
+        else:
+            safe = not re.sub(r"[\x00-\x20]", "", value).lower().startswith("data:")
+        return value if safe else None
+
+    body = nh3.clean(
+        body,
+        tags=nh3.ALLOWED_TAGS | {"main", "section"},
+        attributes={**nh3.ALLOWED_ATTRIBUTES, "*": {"class", "id", "style", "data-mime-type"}},
+        attribute_filter=kept,
+        filter_style_properties={"color", "background-color", "text-align", "font-weight"},
+        url_schemes={"http", "https", "mailto", "data"},
+        link_rel=None,
+    )
+    with replacing(path) as part:
+        part.write_text(
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+            f'<meta name="viewport" content="width=device-width">{style}</head><body{kind}>{body}</body></html>\n',
+            encoding="utf-8",
+        )
 
 
 def report(out: Path) -> Path:
     """Write the executed notebooks as one small site that needs no network: a page each, and index.html, returned.
 
-    A notebook is taken as it was last run (runs/notebooks/), else as it is stored.
+    A notebook is taken as it was last run (runs/notebooks/), else as it is stored. The pages hold no script and load
+    nothing, whatever the notebooks hold: figures are PNG or JPEG, formulas stay TeX.
     """
     from nbconvert import HTMLExporter
     from nbconvert.filters import markdown2html
 
-    out.mkdir(parents=True, exist_ok=True)
+    shown = ["text/html", "text/markdown", "text/latex", "image/png", "image/jpeg", "text/plain"]
+    exporter = HTMLExporter(config=Config(NbConvertBase={"display_data_priority": shown}))
     sections = []
     for source in notebooks():
         last = runs_dir() / "notebooks" / source.name
         nb = nbformat.read(last if last.exists() else source, 4)
-        title, _, first = nb.cells[0].source.strip().partition("\n")
+        title, _, first = (nb.cells[0].source if nb.cells else source.stem).strip().partition("\n")
         title = title.lstrip("# ")
-        page, _ = HTMLExporter().from_notebook_node(nb, {"metadata": {"name": title}})
-        page = re.sub(r"<script.*?</script>", "", page, flags=re.S)  # they would load from the network, for no use here
+        head, _, body = exporter.from_notebook_node(nb)[0].partition("<body")
+        style = "".join(re.findall(r"<style.*?</style>", head, re.S))
         # wide tables scroll; broken lines could not be read
-        style = "<style>.jp-RenderedText pre { white-space: pre; overflow-x: auto }</style>"
-        page = re.sub(r"(<body.*?>)", rf'\1{style}<p><a href="index.html">cfol-nb</a></p>', page, count=1)
-        (out / f"{source.stem}.html").write_text(page)
+        style += "<style>.jp-RenderedText pre { white-space: pre; overflow-x: auto }</style>"
+        body = f'<p><a href="index.html">cfol-nb</a></p>{body.partition(">")[2]}'
+        kind = ' class="jp-Notebook" data-jp-theme-light="true" data-jp-theme-name="JupyterLab Light"'
+        _write_page(out / f"{source.stem}.html", title, style, body, kind)
         images = (
             o.data["image/png"] for c in nb.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})
         )
-        picture = next((f'<img alt="" src="data:image/png;base64,{i.strip()}">' for i in images), "")
+        picture = next((f'<img alt="" src="data:image/png;base64,{escape(i.strip())}">' for i in images), "")
         text = markdown2html(first.strip().partition("\n\n")[0])
         link = f'<a href="{source.stem}.html">{escape(title)}</a>'
         sections.append(f"<section><h2>{link}</h2>{text}{picture}</section>\n")
-    (out / "index.html").write_text(_PAGE.format(sections="".join(sections)))
+    head = "<h1>cfol-nb</h1><p>How robust is the worst class of a classifier, and can it be better?</p>"
+    _write_page(out / "index.html", "cfol-nb", _STYLE, head + "".join(sections))
     return out / "index.html"
