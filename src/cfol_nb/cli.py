@@ -36,6 +36,9 @@ def _stoppable(command):
     return call
 
 
+_PRESET = "Settings by name: fast (N-FGSM, 30 epochs, averaged weights, bfloat16); -s wins."
+
+
 def _pairs(texts: list[str]) -> dict[str, str]:
     bad = [t for t in texts if "=" not in t or t.startswith("=")]
     if bad:
@@ -43,18 +46,18 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return dict(t.split("=", 1) for t in texts)
 
 
-def _settings(dataset: str, texts: list[str], **values) -> dict:
-    """RunConfig's arguments from `values` and from texts such as epochs=10 or model.width=16."""
-    from cfol_nb.config import RunConfig
+def _settings(dataset: str, texts: list[str], recipe: str | None = None, **values) -> dict:
+    """RunConfig's arguments from a preset, from `values` and from texts such as epochs=10 or model.width=16."""
+    from cfol_nb.config import RunConfig, preset
     from cfol_nb.headless import parse
 
     pairs = _pairs(texts)
-    values = {"dataset": dataset, **values}
+    values = {"dataset": dataset, **(preset(recipe, pairs.get("dataset", dataset)) if recipe else {}), **values}
     values |= {k: v if k == "dataset" else parse(v) for k, v in pairs.items() if "." not in k}
     for name, text in pairs.items():
         key, _, inner = name.partition(".")
         if inner:
-            if key not in ("model", "method", "objective", "schedule", "imbalance", "ensembling"):
+            if key not in ("model", "method", "objective", "schedule", "imbalance", "ensembling", "training_attack"):
                 raise ValueError(f"{key} takes no options, so {name} means nothing")
             held = values.get(key, RunConfig(dataset=values["dataset"]).model_dump()[key]) or {}
             values[key] = {**({"name": held} if isinstance(held, str) else held), inner: parse(text)}
@@ -118,6 +121,7 @@ def train(
     method: Annotated[str, typer.Option(help="How classes are treated.")] = "cfol",
     objective: Annotated[str, typer.Option(help="What is minimised.")] = "at",
     seeds: Annotated[int, typer.Option(min=1, help="Runs with seed 0, 1, ...")] = 1,
+    preset: Annotated[str | None, typer.Option(help=_PRESET)] = None,
     settings: Annotated[
         list[str],
         typer.Option(
@@ -128,7 +132,7 @@ def train(
         ),
     ] = [],  # noqa: B006
 ) -> None:
-    """Train (or load) runs and print the class-wise table of the last weights.
+    """Train (or load) runs; print the class-wise table of the last weights, and the summary of all kinds of weights.
 
     Example: cfol-nb train --method cfol --objective trades --seeds 3 -s epochs=20 -s method.drift=100
     """
@@ -137,10 +141,10 @@ def train(
     from cfol_nb.runs import compute
     from cfol_nb.stats import class_table, headline, last_attack, weakest
 
-    values = _settings(dataset, settings, method=method, objective=objective)
+    values = _settings(dataset, settings, preset, method=method, objective=objective)
     first = RunConfig(**values).seed
     runs = compute([RunConfig(**values | {"seed": first + s}) for s in range(seeds)])
-    outcomes = [r.outcomes["last"] for r in runs]
+    outcomes = {f"{method} {objective} {w}": [r.outcomes[w] for r in runs] for w in runs[0].outcomes}
     for r in runs:
         made, attack = r.provenance, last_attack(r.outcomes["last"])
         typer.echo(
@@ -151,8 +155,7 @@ def train(
             f"{said(r.outcomes['last'].checks.get(attack))}\n"
         )
     typer.echo(
-        f"last weights, per cent [95 % interval], {len(runs)} run(s)\n"
-        f"{headline({f'{method} {objective}': outcomes}).T.to_string(header=False)}"
+        f"per cent [95 % interval], {len(runs)} run(s)\n{headline(outcomes).T.to_string()}"
         f"\n\nStored in {runs[0].folder.parent}"
     )
 
@@ -169,6 +172,7 @@ def suite(
     paper: Annotated[
         bool, typer.Option("--paper", help="200 epochs, decay at 100 and 150; else 30, one-cycle.")
     ] = False,
+    preset: Annotated[str | None, typer.Option(help=_PRESET)] = None,
     results: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder of the JSONs; default results/.")
     ] = None,
@@ -188,7 +192,9 @@ def suite(
     from cfol_nb.stats import headline
 
     names = list(dict.fromkeys(choose("method of the suite", m.strip(), s.METHODS) for m in methods.split(",")))
-    values = {**(s.PAPER if paper else {}), **_settings(dataset, settings)}
+    if paper and preset:
+        raise ValueError(f"--paper and --preset {preset} are two recipes: choose one")
+    values = {**(s.PAPER if paper else {}), **_settings(dataset, settings, preset)}
     if fixed := sorted({"method", "objective", "seed", "seeds"} & set(values)):
         raise ValueError(f"the suite sets {fixed[0]} itself: use --methods and --seeds")
     done = list(s.suite(s.configurations(methods=names, seeds=seeds, **values), minutes, results, typer.echo))
