@@ -387,6 +387,34 @@ def _better(old, a: Tensor, value: Tensor, hit: Tensor | None = None):
     return tuple(torch.where(take.view(-1, *[1] * (n.ndim - 1)), n, o) for n, o in zip(new, old, strict=True))
 
 
+def n_fgsm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps=8 / 255,
+    k: float = 2.0,
+    loss="ce",
+    generator: torch.Generator | None = None,
+    *,
+    check: bool = True,
+) -> Tensor:
+    """A step of size eps from a noisy image x + U(-k eps, k eps), for training (N-FGSM, de Jorge et al. 2022).
+
+    Arguments as of `pgd`, L-inf. Noise and step are clamped to [0, 1] alone: the result may lie (k + 1) eps from x.
+    """
+    if not 0 <= k < float("inf"):
+        raise ValueError(f"k={k} is not a finite number >= 0")
+    x, eps = x.detach(), _like(eps, x)
+    if loss == "kl":
+        with evaluating(model), torch.no_grad():
+            clean = model(x)
+        loss = lambda z, _: kl(clean, z)  # noqa: E731
+    noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) * 2 - 1
+    noisy = (x + k * eps * noise).clamp(0, 1)
+    eps = eps.flatten() if torch.is_tensor(eps) and eps.ndim else eps
+    return pgd(model, noisy, y, eps, eps, 1, loss=loss, random_start=False, check=check)
+
+
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps=8 / 255, **kwargs) -> Tensor:
     """One step of size eps from the image itself (Goodfellow et al. 2015): `pgd` with steps=1, no random start."""
     return pgd(model, x, y, eps, eps, steps=1, random_start=False, **kwargs)

@@ -23,6 +23,10 @@ app = typer.Typer(
 )
 
 
+_PRESET = "Settings by name: fast (N-FGSM, 30 epochs, averaged weights, bfloat16); -s wins."
+_NESTED = "model", "method", "objective", "schedule", "imbalance", "ensembling", "remake", "training_attack"
+
+
 def _pairs(texts: list[str]) -> dict[str, str]:
     for text in texts:
         name, given, _ = text.partition("=")
@@ -31,18 +35,18 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return dict(t.split("=", 1) for t in texts)
 
 
-def _settings(dataset: str, texts: list[str], **values) -> dict:
-    """RunConfig's arguments from `values` and from texts such as epochs=10 or model.width=16."""
-    from cfol_nb.config import RunConfig
+def _settings(dataset: str, texts: list[str], recipe: str | None = None, **values) -> dict:
+    """RunConfig's arguments from a preset, from `values` and from texts such as epochs=10 or model.width=16."""
+    from cfol_nb.config import RunConfig, preset
     from cfol_nb.headless import parse
 
     pairs = _pairs(texts)
-    values = {"dataset": dataset, **values}
+    values = {"dataset": dataset, **(preset(recipe, pairs.get("dataset", dataset)) if recipe else {}), **values}
     values |= {k: v if k == "dataset" else parse(v) for k, v in pairs.items() if "." not in k}
     for name, text in pairs.items():
         key, _, inner = name.partition(".")
         if inner:
-            if key not in ("model", "method", "objective", "schedule", "imbalance", "ensembling", "remake"):
+            if key not in _NESTED:
                 raise ValueError(f"{key} takes no options, so {name} means nothing")
             held = values.get(key, RunConfig(dataset=values["dataset"]).model_dump()[key])
             held = {} if held is None else held
@@ -107,6 +111,7 @@ def train(
     method: Annotated[str, typer.Option(help="How classes are treated.")] = "cfol",
     objective: Annotated[str, typer.Option(help="What is minimised.")] = "at",
     seeds: Annotated[int, typer.Option(min=1, max=SEEDS, help="Runs with seed 0, 1, ...")] = 1,
+    preset: Annotated[str | None, typer.Option(help=_PRESET)] = None,
     settings: Annotated[
         list[str],
         typer.Option(
@@ -118,7 +123,7 @@ def train(
     ] = [],  # noqa: B006
     recompute: Annotated[bool, typer.Option("--recompute", help="Compute stored runs anew, too.")] = False,
 ) -> None:
-    """Train (or load) runs and print the class-wise table of the last weights.
+    """Train (or load) runs; print the class-wise table of the last weights, and the summary of all kinds of weights.
 
     Example: cfol-nb train --method cfol --objective trades --seeds 3 -s epochs=20 -s method.drift=100
     """
@@ -127,10 +132,10 @@ def train(
     from cfol_nb.runs import compute
     from cfol_nb.stats import class_table, headline, last_attack, weakest
 
-    values = _settings(dataset, settings, method=method, objective=objective)
+    values = _settings(dataset, settings, preset, method=method, objective=objective)
     first = RunConfig(**values).seed
     runs = compute([RunConfig(**values | {"seed": first + s}) for s in range(seeds)], recompute=recompute)
-    outcomes = [r.outcomes["last"] for r in runs]
+    outcomes = {f"{method} {objective} {w}": [r.outcomes[w] for r in runs] for w in runs[0].outcomes}
     for r in runs:
         made, attack = r.provenance, last_attack(r.outcomes["last"])
         typer.echo(
@@ -141,8 +146,7 @@ def train(
             f"{said(r.outcomes['last'].checks.get(attack))}\n"
         )
     typer.echo(
-        f"last weights, per cent [95 % interval], {len(runs)} run(s)\n"
-        f"{headline({f'{method} {objective}': outcomes}).T.to_string(header=False)}"
+        f"per cent [95 % interval], {len(runs)} run(s)\n{headline(outcomes).T.to_string()}"
         f"\n\nStored in {runs[0].folder.parent}"
     )
 
@@ -162,6 +166,7 @@ def suite(
     paper: Annotated[
         bool, typer.Option("--paper", help="200 epochs, decay at 100 and 150; else 30, one-cycle.")
     ] = False,
+    preset: Annotated[str | None, typer.Option(help=_PRESET)] = None,
     results: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder of the JSONs; default results/.")
     ] = None,
@@ -182,7 +187,9 @@ def suite(
     from cfol_nb.stats import headline
 
     names = list(dict.fromkeys(choose("method of the suite", m.strip(), s.METHODS) for m in methods.split(",")))
-    values = {**(s.PAPER if paper else {}), **_settings(dataset, settings)}
+    if paper and preset:
+        raise ValueError(f"--paper and --preset {preset} are two recipes: choose one")
+    values = {**(s.PAPER if paper else {}), **_settings(dataset, settings, preset)}
     if fixed := sorted({"method", "objective", "seed", "seeds"} & set(values)):
         raise ValueError(f"the suite sets {fixed[0]} itself: use --methods and --seeds")
     configs = s.configurations(methods=names, seeds=seeds, **values)

@@ -249,10 +249,49 @@ class Ensembling(_Strict):
 
 
 MAX_SIDE = 4096  # pixels that an image is resized to at most
+
+
+class TrainingAttack(_Strict):
+    """What training images are attacked with: 'pgd', or the single step 'n-fgsm', see `cfol_nb.attacks.n_fgsm`."""
+
+    name: Literal["pgd", "n-fgsm"] = "pgd"
+    k: float = Field(2.0, ge=0, description="of n-fgsm: the noise reaches k radii; 0 is FGSM")
+
+    @model_validator(mode="after")
+    def _taken(self):
+        if self.name == "pgd" and self.k != 2.0:
+            raise ValueError("training attack 'pgd' has no option 'k': 'n-fgsm' has")
+        return self
+
+
 # What a data set is usually trained with; every value can be given instead.
 _COLUMNS = ("model", "eps", "epochs", "batch_size", "lr", "dtype", "holdout")
 _DIGITS = dict(zip(_COLUMNS, ("smallcnn", 0.15, 40, 64, 0.2, "float64", 0.1), strict=True)) | {"device": "cpu"}
 _IMAGES = dict(zip(_COLUMNS, ("preactresnet18", 8 / 255, 30, 128, 0.1, "float32", 0.1), strict=True))
+
+# Settings by the name of a recipe.
+PRESETS = {
+    "fast": {
+        "training_attack": {"name": "n-fgsm"},
+        "epochs": 30,
+        "lr": 0.2,
+        "schedule": {"name": "cyclic", "cycles": 1},
+        "ema": 0.999,
+        "dtype": "bfloat16",
+        "validate_every": 3,
+    }
+}
+
+
+def preset(name: str, dataset: str) -> dict[str, Any]:
+    """The settings of a preset. Raises ValueError for one that is unknown or that the data set has not."""
+    values = PRESETS[choose("preset", name, PRESETS)]
+    if dataset == "digits":
+        raise ValueError(
+            f"preset {name!r} is for image data sets in bfloat16, digits repeats in float64 and has none: "
+            "use the setting training_attack=n-fgsm"
+        )
+    return values
 
 
 class RunConfig(_Strict):
@@ -287,10 +326,11 @@ class RunConfig(_Strict):
         None, description="replace the training images by ones with the parent's features: see cfol_nb.features"
     )
     # training attack
+    training_attack: Annotated[TrainingAttack, BeforeValidator(_spec)] = TrainingAttack()
     norm: Literal["linf", "l2"] = "linf"
     eps: float = Field(description="radius in the unit of images in [0, 1]")
-    step: float = Field(gt=0, description="attack step; default eps / 4")
-    steps: int = Field(7, ge=1)
+    step: float = Field(gt=0, description="attack step; default eps / 4, n-fgsm's is eps")
+    steps: int = Field(7, ge=1, description="n-fgsm has 1")
     # optimisation
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -298,6 +338,7 @@ class RunConfig(_Strict):
     optimizer: Literal["sgd", "adam"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1, description="Adam's first beta")
     weight_decay: float = Field(5e-4, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     schedule: Annotated[Schedule, BeforeValidator(_spec)] = Schedule(name="onecycle")
     dtype: Literal["float64", "float32", "bfloat16"]
     # selection and evaluation
@@ -306,7 +347,7 @@ class RunConfig(_Strict):
         1, ge=1, description="epochs between two looks at the held-out split, after which methods adapt, too"
     )
     validate_steps: int | None = Field(
-        None, ge=1, description="attack steps of such a look; None: as in training (1 if clean)"
+        None, ge=1, description="attack steps of such a look; None: as in training (1 if clean, 10 if in a single step)"
     )
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay per step of averaged weights, kept beside the others"
@@ -334,6 +375,9 @@ class RunConfig(_Strict):
         if not known:
             return {"step": 1.0, "attacks": {}, **values}  # refused below, with the field's name
         check_radius(eps, norm)
+        attack = _spec(values.get("training_attack"))
+        if (attack.get("name") if isinstance(attack, Mapping) else None) == "n-fgsm":
+            values = {"step": eps or 1.0, "steps": 1, **values}
         values.setdefault("step", eps / 4 or 1.0)
         values.setdefault(
             "attacks",
@@ -344,6 +388,15 @@ class RunConfig(_Strict):
     @model_validator(mode="after")
     def _check(self):
         check_radius(self.eps, self.norm)
+        if self.training_attack.name == "n-fgsm":
+            if self.norm != "linf":
+                raise ValueError(f"training_attack='n-fgsm' is for norm='linf': norm={self.norm!r} needs 'pgd'")
+            for field, own in (("steps", 1), ("step", self.eps or 1.0)):
+                if (given := getattr(self, field)) != own:
+                    raise ValueError(
+                        f"{field}={given:g}: training_attack='n-fgsm' takes one step of the size eps={self.eps:g}, "
+                        f"so leave out {field}"
+                    )
         if "clean" in self.attacks:
             raise ValueError("the attack name 'clean' is taken: clean images are always evaluated")
         if self.remake is not None and self.parent is None:

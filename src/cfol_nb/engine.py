@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from cfol_nb.attacks import as_float, evaluating, pgd
+from cfol_nb.attacks import as_float, evaluating, n_fgsm, pgd
 from cfol_nb.config import RunConfig
 from cfol_nb.data import augment
 from cfol_nb.objectives import TemporalEnsemble
@@ -113,6 +113,8 @@ def make_step(
         factor = method.radius(y)
         eps, step = (config.eps, config.step) if factor is None else (config.eps * factor, config.step * factor)
         loss, options = objective.attack_loss, {"generator": generator, "check": False}
+        if config.training_attack.name == "n-fgsm":
+            return n_fgsm(attacked, x, y, eps, config.training_attack.k, loss, **options)
         return pgd(attacked, x, y, eps, step, config.steps, config.norm, loss, **options)
 
     def wide(logits: Tensor) -> Tensor:  # bfloat16 is too coarse for margins, priors and differences of probabilities
@@ -130,7 +132,7 @@ def make_step(
             if ensemble is not None:
                 with torch.no_grad(), evaluating(attacked):
                     clean = attacked(x)
-            losses, logits = objective(trained, x, x_adv, y, adjust, method.boundary(y))
+            losses, logits = objective(trained, x, x_adv, y, adjust, method.boundary(y), config.label_smoothing)
         if ensemble is not None:
             losses = losses + ensemble(index, wide(clean), wide(logits))
         loss = method.reduce(losses, y, logits)

@@ -21,15 +21,15 @@ class Clean:
     attack_loss: str | None = None
 
     def __call__(
-        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None, smoothing=0.0
     ) -> tuple[Tensor, Tensor]:
         """x, x_adv: (n, C, H, W) in [0, 1]. adjust: what a method does to the logits (n, K) of the cross-entropy.
-        boundary: (n,) factors on the second term, where there is one.
+        boundary: (n,) factors on the second term, where there is one. smoothing: of the labels of the cross-entropy.
 
         Returns losses (n,) and the logits (n, K), as they are, that judge the example.
         """
         logits = model(x)
-        return F.cross_entropy(adjust(logits, y), y, reduction="none"), logits
+        return F.cross_entropy(adjust(logits, y), y, reduction="none", label_smoothing=smoothing), logits
 
 
 class AT:
@@ -38,10 +38,10 @@ class AT:
     attack_loss = "ce"
 
     def __call__(
-        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None, smoothing=0.0
     ) -> tuple[Tensor, Tensor]:
         logits = model(x_adv)
-        return F.cross_entropy(adjust(logits, y), y, reduction="none"), logits
+        return F.cross_entropy(adjust(logits, y), y, reduction="none", label_smoothing=smoothing), logits
 
 
 class TRADES:
@@ -55,12 +55,13 @@ class TRADES:
         self.beta = beta
 
     def __call__(
-        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None, smoothing=0.0
     ) -> tuple[Tensor, Tensor]:
         clean, logits = model(x), model(x_adv)
         between = kl(clean, logits)
         between = between if boundary is None else between * boundary.to(between)
-        return F.cross_entropy(adjust(clean, y), y, reduction="none") + self.beta * between, logits
+        fit = F.cross_entropy(adjust(clean, y), y, reduction="none", label_smoothing=smoothing)
+        return fit + self.beta * between, logits
 
 
 OBJECTIVES = {"clean": Clean, "at": AT, "trades": TRADES}

@@ -154,9 +154,11 @@ class Run:
         return _prepared(self.config, self.provenance.get("data", ""))
 
     def curve(self, name: str) -> pd.DataFrame:
-        """A trace by epoch (rows) and class (columns): "p", or the held-out accuracies "clean" and "robust"."""
+        """A trace by epoch (rows) and class (columns): "p", or the held-out accuracies "clean" and "robust"; "trained":
+        that of the training batches, where the training attack is a single step."""
+        of = {"clean": "n", "robust": "n", "trained": "drawn"}.get(name)
         rows = {
-            e["epoch"]: np.array(e[name]) / (np.array(e["n"]) if name in ("clean", "robust") else 1)
+            e["epoch"]: np.array(e[name]) / (np.maximum(e[of], 1) if of else 1)
             for e in self.history
             if name in e
         }

@@ -12,10 +12,11 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +53,12 @@ def check(config: RunConfig) -> None:
         raise ValueError(f"method {config.method['name']!r} needs the objective {method.needs_objective!r}")
     own = options("objective", config.objective, OBJECTIVES)
     with _of_its_kind("objective", config.objective):
-        OBJECTIVES[config.objective["name"]](**own)
+        loss = OBJECTIVES[config.objective["name"]](**own).attack_loss
+    if loss == "kl" and config.training_attack.name == "n-fgsm" and not config.training_attack.k:
+        raise ValueError(
+            f"training_attack k=0: the KL divergence that {config.objective['name']!r} attacks has no gradient at the "
+            "image itself, so k > 0 is needed"
+        )
     if config.remake is not None:
         own = options("remake", config.remake, REMAKES, given=("model", "images", "seed", "progress"))
         if bad := [f"{k}={v}" for k, v in own.items() if not v > 0]:
@@ -84,8 +90,15 @@ def code_of(config: RunConfig) -> str:
 
 def look_steps(config: RunConfig) -> int:
     """Attack steps of a look at the held-out split: as in training; one where training has no attack, so that the looks
-    stay cheap beside it."""
-    return config.validate_steps or (config.steps if OBJECTIVES[config.objective["name"]].attack_loss else 1)
+    stay cheap beside it; ten where it has one of a single step, which would not see its own collapse."""
+    if config.validate_steps or not OBJECTIVES[config.objective["name"]].attack_loss:
+        return config.validate_steps or 1
+    return 10 if single_step(config) else config.steps
+
+
+def single_step(config: RunConfig) -> bool:
+    """Whether the training attack is one step, and catastrophic overfitting must be looked for."""
+    return config.steps == 1 and OBJECTIVES[config.objective["name"]].attack_loss is not None
 
 
 def step_passes(config: RunConfig) -> int:
@@ -137,7 +150,9 @@ class Trained:
     history: one dict per epoch.
 
     An entry has epoch, loss (mean), lr, and, where the held-out split was looked at, n, clean and robust: images and
-    correct predictions per class; what the method traces, for CFOL p; and "warnings", if something is wrong then.
+    correct predictions per class; where the training attack is a single step drawn and trained, images of the epoch and
+    those that were right under that attack, per class; what the method traces, for CFOL p; and "warnings", if something
+    is wrong then.
     """
 
     weights: dict[str, dict[str, Tensor]]
@@ -261,6 +276,43 @@ def _amiss(history: list[dict], kind: str, over: bool) -> list[str]:
     return told
 
 
+def _collapse(history: list[dict], names: Sequence[str]) -> str:
+    """What to say of catastrophic overfitting (Wong et al. 2020); empty if there is none.
+
+    That is: the accuracy under PGD on held-out images is below half of its best (or of guessing) in the mean, or below
+    a quarter in a class at two looks in a row; while that under the single step of training has risen since, and is
+    nearer to the accuracy on clean images than to that under PGD. Falls and rises must be beyond the images' noise.
+    """
+    looks = [e for e in history if "robust" in e and "trained" in e]
+    if not looks:
+        return ""
+    kinds = "clean", "robust", "n", "trained", "drawn"
+    clean, pgd, n, own, drawn = (np.array([[sum(e[k]), *e[k]] for e in looks], float) for k in kinds)  # all, classes
+    drawn, guess = drawn.clip(1), 1 / len(names)
+    clean, pgd, own = clean / n, pgd / n, own / drawn
+    best = np.array([pgd[: i + 1].argmax(0) for i in range(len(looks))])  # look by look, which was the best so far
+    top, then, m = (np.take_along_axis(a, best, 0) for a in (pgd, own, drawn))
+    top[:, 0], then = top[:, 0].clip(guess), then.clip(guess)
+    falls = top - pgd > 3 * np.sqrt(top * (1 - top) / n)
+    rises = (own - then > 3 * np.sqrt(then * (1 - then) / m)) & (own > (clean + pgd) / 2)
+    rises &= own > guess + (1 - guess) / 10  # a network that has learnt nothing yet swings from class to class
+
+    def since(share: float) -> np.ndarray:
+        """How many looks in a row, up to now, accuracy has been below this share of its best."""
+        return np.logical_and.accumulate((falls & rises & (pgd <= share * top))[::-1]).sum(0)
+
+    half = since(0.5)
+    if not half[0] and since(0.25)[1:].max() < 2:
+        return ""
+    began = len(looks) - np.where(half, half, half[0].clip(1))
+    gap = (own - pgd)[began, range(len(half))]  # decides between classes that fell at once
+    return (
+        "catastrophic overfitting: on held-out images the accuracy under PGD falls while that under the training "
+        f"attack rises, first in class {names[(half + gap / 2)[1:].argmax()]!r}: more noise (k), a smaller radius, or "
+        "training_attack='pgd'"
+    )
+
+
 def _optimizer(config: RunConfig, parameters, rate, graphed: bool) -> torch.optim.Optimizer:
     decay, fused = config.weight_decay, graphed or None
     if config.optimizer == "adam":
@@ -300,6 +352,8 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
     selected = _copy(model.state_dict())
     averaged = copy.deepcopy(model).eval() if config.ema else None
     sum_loss = torch.zeros((), dtype=dtype, device=device)
+    watched = single_step(config)
+    met = torch.zeros(2, k, dtype=torch.int64, device=device)  # drawn in this epoch, and right under its attack
 
     def save() -> None:
         tensors: dict[str, Tensor] = {}
@@ -316,6 +370,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                 "history": json.dumps(history),
                 "best": best,
                 "sum_loss": sum_loss,
+                "met": met,
                 "seconds": [time.perf_counter() - start, looking],
                 "global": [g.get_state() for g in _generators(device)],
             },
@@ -347,6 +402,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
         generator.set_state(state["generator"])
         selected, step, best = state["selected"], state["step"], tuple(state["best"])
         history, sum_loss = json.loads(state["history"]), state["sum_loss"].to(device)
+        met.copy_(state["met"])
         start, looking = start - state["seconds"][0], state["seconds"][1]
         with sharing:
             for g, old in zip(_generators(device), state["global"], strict=True):
@@ -357,9 +413,9 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
     judged = "robust" if objective.attack_loss else "clean"
 
     def look(epoch: int) -> Outcomes:
-        """The held-out split, clean and under the training attack."""
-        steps = look_steps(config)
-        against = {"eps": config.eps, "step": config.step * config.steps / steps, "steps": steps, "norm": config.norm}
+        """The held-out split, clean and under the training attack, or under PGD where that is a single step."""
+        steps, way = look_steps(config), 2.5 * config.eps or 1.0 if watched else config.step * config.steps
+        against = {"eps": config.eps, "step": way / steps, "steps": steps, "norm": config.norm}
         try:
             with low_precision:  # it only selects; the test is evaluated in full precision
                 return evaluate(model, held.images, held.labels, {"robust": against}, seed=epoch, checks=0)
@@ -383,12 +439,17 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
             if averaged is not None:
                 _average(averaged, model, min(config.ema, (1 + step) / (10 + step)))
             sum_loss += loss
+            if watched:
+                met.index_add_(1, y, torch.stack([torch.ones_like(y), (logits.argmax(1) == y).long()]))
             step += 1
 
             if step % per_epoch == 0:
                 epoch = step // per_epoch
                 entry = {"epoch": epoch, "loss": sum_loss.item() / per_epoch, "lr": lr}
                 sum_loss.zero_()
+                if watched:
+                    entry |= dict(zip(("drawn", "trained"), met.tolist(), strict=True))
+                    met.zero_()
                 if not math.isfinite(entry["loss"]):
                     raise FloatingPointError(f"{diverged} {epoch}: the loss is {entry['loss']}")
                 if epoch % config.validate_every == 0 or step == total:
@@ -405,7 +466,9 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                     method.after_epoch(epoch, {a: torch.from_numpy(c / size).to(device) for a, c in right.items()})
                 entry |= {name: value.tolist() for name, value in method.trace().items()}
                 history.append(entry)
-                complaints = [method.complaint(history), *_amiss(history, judged, step == total)]
+                collapse = _collapse(history, images.class_names)
+                amiss = [collapse] if collapse else _amiss(history, judged, step == total)
+                complaints = [method.complaint(history), *amiss]
                 said = {text for e in history for text in e.get("warnings", ())}
                 if told := [text for text in complaints if text]:
                     entry["warnings"] = told
