@@ -553,3 +553,23 @@ def explanations(panels: Mapping[str, pd.DataFrame]) -> Figure:
         ax.set_title(f"{_name(label)}\nrank correlation {rank:+.2f}", fontsize=10, loc="left")
         ax.margins(0.12)
     return fig
+
+
+@_figure
+def coverage(held: pd.DataFrame, width: pd.DataFrame) -> Figure:
+    """How often simulated 95 % intervals hold the truth, and how wide those of the worst class are; per cent, rows are
+    cases, columns statistics: plain, "paired ..." and, of a plain bootstrap, "bootstrap ..."."""
+    rows, kinds = np.arange(len(held)), {"bootstrap ": ROBUST, "paired ": "#8ab4d8", "": "#1f5f99"}
+    label = {"bootstrap ": "plain bootstrap", "paired ": "these, of a difference", "": "these"}
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 1.2 + 0.26 * len(held)), sharey=True, width_ratios=[3, 2])
+    for kind, colour in kinds.items():
+        for name in ("mean", "tail", "worst", "gap", "deviation", "std"):
+            shown = {"color": colour, "ms": 5, "label": label[kind] if name == "mean" else None}
+            left.plot(held[f"{kind}{name}"], rows, "x" if kind == "bootstrap " else "o", **shown)
+        right.plot(width[f"{kind}worst"], rows, "x" if kind == "bootstrap " else "o", color=colour, ms=5)
+    left.axvline(95, color="0.4", ls="--", lw=1)
+    left.set(xlabel="held, per cent: mean, tail, worst, gap, deviation, std", yticks=rows, yticklabels=held.index)
+    right.set(xlabel="width of the worst class's, points", xlim=(0, None))
+    left.invert_yaxis()
+    fig.legend(loc="outside upper center", ncols=3, frameon=False)
+    return fig

@@ -157,11 +157,7 @@ class Run:
         """A trace by epoch (rows) and class (columns): "p", or the held-out accuracies "clean" and "robust"; "trained":
         that of the training batches, where the training attack is a single step."""
         of = {"clean": "n", "robust": "n", "trained": "drawn"}.get(name)
-        rows = {
-            e["epoch"]: np.array(e[name]) / (np.maximum(e[of], 1) if of else 1)
-            for e in self.history
-            if name in e
-        }
+        rows = {e["epoch"]: np.array(e[name]) / (np.maximum(e[of], 1) if of else 1) for e in self.history if name in e}
         if not rows:
             raise KeyError(f"the history of {self.folder.name} has no {name!r} (it has: {', '.join(self.history[-1])})")
         return pd.DataFrame.from_dict(rows, orient="index", columns=self.outcomes["last"].class_names).rename_axis(
