@@ -354,6 +354,12 @@ def _inference(v):
         return v.clone()
 
 
+@pytest.mark.parametrize("enter", [autoattack, evaluate, audit])
+def test_a_batch_below_one_is_refused(enter):
+    with pytest.raises(ValueError, match="batch_size=0"):
+        enter(Net(), *some(), batch_size=0)
+
+
 @each_entry
 def test_inference_mode_is_refused(enter):
     x, y = some()

@@ -247,9 +247,16 @@ class TestBoth:
 
     @pytest.mark.parametrize("arm", [-1, 170])
     @pytest.mark.parametrize("p", [None, 0.5])
-    def test_arms_out_of_range_are_refused(self, kind, arm, p):
+    @pytest.mark.parametrize("drawn", [0, 2, 5])
+    def test_arms_out_of_range_are_refused(self, kind, arm, p, drawn):
+        sampler, same = kind(), kind()
+        for s in (sampler, same) if drawn else ():
+            s.draw(drawn)
         with pytest.raises(ValueError, match="labels or indices reach"):
-            kind().update(torch.tensor([0, arm]), torch.ones(2), p)
+            sampler.update(torch.tensor([0, arm]), torch.ones(2), p)
+        for s in (sampler, same):
+            s.update(torch.tensor([0, 1]), torch.ones(2))
+        assert torch.equal(sampler.p, same.p)
 
     def test_losses_of_any_type_say_the_same(self, kind):
         arm, found = torch.tensor([0, 1, 3]), []

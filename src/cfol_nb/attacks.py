@@ -172,6 +172,8 @@ def predict(
         raise ValueError(
             f"{len(images)} images and {len(labels)} labels: as many of each, and at least one, are needed"
         )
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least 1 is needed")
     if images.dtype != torch.uint8:
         check_images(images)
     labels = as_labels(labels)

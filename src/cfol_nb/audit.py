@@ -451,8 +451,6 @@ def audit(
     if batch_size is None:
         room = 250 * 3 * 32 * 32 * (16 if weight_of(model).is_cuda else 1)
         batch_size = min(max(room // max(images[:1].numel(), 1), 1), 250)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: at least 1 is needed")
     spec = AutoAttack(eps=eps, norm=norm, version=version)
     eps = spec.eps
     names, clean = _checked(model, images, labels, class_names, batch_size)

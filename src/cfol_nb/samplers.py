@@ -97,6 +97,8 @@ class Shuffle(_Stateful):
 class _Exp3(_Stateful):
     """What the two samplers share: parameters, and the account of draws whose loss is still to come."""
 
+    _finds = False  # whether `_recall` looks up each arm, which fails for one that there is not
+
     def __init__(self, n: int, arms: int, gamma: float, eta: float, seed: int, device, block: int):
         super().__init__(n, seed, device)
         if not _is_number(gamma) or not 0 <= gamma <= 1:
@@ -149,7 +151,9 @@ class _Exp3(_Stateful):
     def _probability(self, arm: Tensor) -> Tensor:
         """(n,) float64: the probability with which the n oldest open draws fell on `arm`."""
         if self._drawn and self._drawn[0][:2] == [0, len(arm)]:  # a whole block, as usual
-            return self._recall(self._drawn.popleft()[2], arm, 0)
+            found = self._recall(self._drawn[0][2], arm, 0)
+            self._drawn.popleft()
+            return found
         parts, start = [], 0
         while start < len(arm) and self._drawn:
             drawn = self._drawn[0]
@@ -183,11 +187,17 @@ class _Exp3(_Stateful):
                 raise ValueError(f"examples of type {arm.dtype}: integers are needed")
             arm = arm.long()
         arm, wrong = arm.to(self.device), wrong.detach().to(self.device)
-        _inside(arm, 0, self.arms - 1, "labels or indices")
+        if p is not None or not self._finds or not self._drawn or self._drawn[0][:2] != [0, len(arm)]:
+            _inside(arm, 0, self.arms - 1, "labels or indices")
         if wrong.dtype != torch.bool:
             _inside(wrong, 0, 1, "losses")
         if p is None:
-            return self._add(arm, wrong / self._probability(arm))
+            try:
+                p = self._probability(arm)
+            except IndexError:
+                _inside(arm, 0, self.arms - 1, "labels or indices")
+                raise
+            return self._add(arm, wrong / p)
         p = torch.as_tensor(p, device=self.device)
         if p.ndim and p.shape != arm.shape:
             raise ValueError(f"p of shape {tuple(p.shape)} for {len(arm)} examples: one number, or one per example")
@@ -198,12 +208,13 @@ class _Exp3(_Stateful):
 
 def _inside(values: Tensor, low: float, high: float, what: str) -> None:
     """ValueError unless all of them lie in [low, high]; on a GPU, for which nothing waits, its own assertion."""
-    same = values.clamp(low, high)  # no number stays none, and is then not equal to itself
-    if not values.is_cpu:
-        torch._assert_async((same == values).all(), f"{what} are out of range in the update of a sampler")
-    elif not same.equal(values):
+    fine = (values.clamp(low, high) == values).all()  # no number stays none, and is then not equal to itself
+    try:
+        torch._assert_async(fine, f"{what} are out of range in the update of a sampler")
+    except RuntimeError:  # on a CPU at once
         least, most = (v.item() for v in values.aminmax())
-        raise ValueError(f"{what} reach from {least:g} to {most:g}: they must lie in [{low:g}, {high:g}]")
+        said = f"{what} reach from {least:g} to {most:g}: they must lie in [{low:g}, {high:g}]"
+        raise ValueError(said) from None
 
 
 NAMES = ("uniform", "empirical")  # of distributions over classes
@@ -237,6 +248,8 @@ class ClassSampler(_Exp3):
 
     Pethick, Chrysos, Cevher (TMLR 2023), Algorithm 1 of the submission; w has the sign plus, a class with loss gains.
     """
+
+    _finds = True
 
     def __init__(
         self,
