@@ -2,7 +2,10 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import random
 import re
+import signal
 import time
 
 import numpy as np
@@ -689,6 +692,50 @@ def test_models_are_loaded_from_files_and_torchvision(tmp_path):
     for source, weights in missing:
         with pytest.raises(FileNotFoundError, match=r"there is no (file|stored run)"):
             load_model(source, weights, 10, 1)
+
+
+DISTURBING = """
+import os, random, signal, numpy, torch
+os.chdir("/")
+random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+torch.set_default_dtype(torch.float64), torch.set_num_threads(torch.get_num_threads() + 1)
+torch.set_grad_enabled(False), torch.set_float32_matmul_precision("medium")
+torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+def make():
+    return torch.nn.Linear(64, 10)
+def fail():
+    torch.set_default_device("meta")
+    raise SystemExit
+"""
+
+
+def test_what_a_models_file_changes_of_the_process_is_put_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(DISTURBING)
+
+    def process():
+        kinds = torch.empty(1).dtype, torch.empty(1).device, torch.get_num_threads(), torch.is_grad_enabled()
+        more = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark, signal.getsignal(signal.SIGINT)
+        return os.getcwd(), *kinds, *more, random.getstate(), np.random.get_state()[1].tolist(), torch.initial_seed()
+
+    before, state = process(), torch.get_rng_state()
+    assert load_model("net.py:make", None, 10, 1).weight.dtype == torch.float64
+    assert process() == before
+    with pytest.raises(ValueError, match="SystemExit"):
+        load_model("net.py:fail", None, 10, 1)
+    assert process() == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_page_is_written_whole_or_not_at_all(found, tmp_path, monkeypatch):
+    page = found.html(tmp_path / "a.html")
+    before = page.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception):
+        found.html(page)
+    assert [p.name for p in tmp_path.iterdir() if p.suffix in (".html", ".part")] == ["a.html"]
+    assert page.read_bytes() == before
 
 
 @pytest.mark.filterwarnings("ignore::cfol_nb.train.Diverging")  # a few steps

@@ -3,9 +3,13 @@
 import html
 import html.parser
 import importlib.metadata
+import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 
 import nbformat
@@ -166,6 +170,118 @@ def test_interrupting_is_not_an_error_message(command, monkeypatch):
     assert status == 130
     assert "the same command goes on from there" in err
     assert "Traceback" not in err
+
+
+TARGETS = """
+import os, signal, sys, threading, time
+def go(say, code):
+    say("doing", "loading net.py:make", float("inf"))
+    print("noise"); os.write(1, b"raw noise")
+    exec(code)
+    say("print", "found")
+"""
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    (tmp_path / "targets.py").write_text(TARGETS)
+    monkeypatch.syspath_prepend(tmp_path)
+    import targets
+
+    return lambda code, until=math.inf: cli._watched(targets.go, code, until=until)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "says"),
+    [
+        ("sys.exit(0)", RuntimeError, "loading net.py:make failed: SystemExit: 0"),
+        ("os._exit(0)", RuntimeError, "loading net.py:make ended the process with exit code 0, before it was done"),
+        ("os._exit(3)", RuntimeError, "exit code 3"),
+        ("os.kill(os.getpid(), 9)", RuntimeError, "SIGKILL .was memory short"),
+        ("import ctypes; ctypes.string_at(0)", RuntimeError, "SIGSEGV"),
+        ("os.fork() or time.sleep(60); os._exit(0)", RuntimeError, "exit code 0"),
+        ("os.closerange(3, 100); os._exit(0)", RuntimeError, "exit code 0"),
+        ("raise KeyboardInterrupt", RuntimeError, "failed: KeyboardInterrupt$"),
+        ("raise type('Own', (BaseException,), {})('a\\nb')", RuntimeError, "failed: Own: a b$"),
+        ("raise ValueError('eps=8')", ValueError, "^eps=8$"),
+        ("say('doing', 'waiting', time.monotonic() + 0.2); time.sleep(60)", TimeoutError, "waiting did not end within"),
+        ("signal.signal(2, signal.SIG_IGN); say('doing', 'x', 0); time.sleep(60)", TimeoutError, "x did not end"),
+    ],
+)
+def test_a_child_that_does_not_come_to_its_end_is_an_error_and_leaves_nothing(watched, capfd, code, kind, says):
+    start = time.monotonic()
+    with pytest.raises(kind, match=says):
+        watched(code)
+    assert time.monotonic() - start < 40
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "noise" in err
+    assert "Traceback" not in err
+
+
+def test_a_child_that_disturbs_its_process_disturbs_no_other(watched, capfd, tmp_path):
+    folder, handler = os.getcwd(), signal.getsignal(signal.SIGINT)
+    code = "os.chdir('/'); signal.signal(2, signal.SIG_IGN); threading.Thread(target=time.sleep, args=(60,)).start()"
+    start = time.monotonic()
+    watched(code)
+    assert time.monotonic() - start < 40  # the thread is not waited for
+    out, err = capfd.readouterr()
+    assert (out, err.count("noise")) == ("found\n", 2)
+    assert (os.getcwd(), signal.getsignal(signal.SIGINT)) == (folder, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_child_outlives_its_parent(tmp_path, number):
+    (tmp_path / "targets.py").write_text(TARGETS)
+    code = "say('print', str(os.getpid())); time.sleep(60)"
+    script = f"import math, targets; from cfol_nb import cli; cli._watched(targets.go, {code!r}, until=math.inf)"
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": path},
+    ) as parent:
+        child = int(parent.stdout.readline())
+        parent.send_signal(number)
+        assert parent.wait(30) != 0
+        for _ in range(100):
+            if not alive(child):
+                return
+            time.sleep(0.1)
+    pytest.fail("the child lives on")
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_an_audit_whose_model_ends_the_process_is_an_error(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text("import os\nos._exit(0)\n")
+    status, out, err = command("audit", "--model", "net.py:make", "--data", "digits", "--limit", "2")
+    assert status == 1
+    assert out.startswith("20 images of 10 classes")
+    assert err == "error: loading net.py:make ended the process with exit code 0, before it was done\n"
+    assert not (tmp_path / "runs" / "audits").exists()
+
+
+def test_two_projects_share_no_default_folder(tmp_path, monkeypatch):
+    places = []
+    for name, code in (("a", "x = 1"), ("b", "x = 1"), ("b", "x = 2")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "net.py").write_text(code)
+        monkeypatch.chdir(tmp_path / name)
+        places.append(cli._place("net.py:make"))
+    assert len(set(places)) == 3
+    assert cli._place("../b/net.py:make") == cli._place(f"{tmp_path}/b/net.py:make") == places[2]
+    assert cli._place("imagefolder:../a") == f"imagefolder:{tmp_path}/a"
+    assert cli._place("torchvision:resnet18") == "torchvision:resnet18"
 
 
 def test_the_lock_is_versions_only_and_what_is_installed():

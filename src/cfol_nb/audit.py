@@ -7,11 +7,16 @@ import contextlib
 import html
 import io
 import math
+import os
+import random
 import runpy
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,7 @@ import pandas as pd
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 
 from cfol_nb import data, plots, stats
 from cfol_nb.attacks import admit, answers, as_float, as_labels, evaluating, gradient, predict, weight_of
@@ -27,7 +33,7 @@ from cfol_nb.checks import COLUMNS, PASSES, black_box_check, checklist, said, sh
 from cfol_nb.config import Attack, AutoAttack, choose
 from cfol_nb.data import ImageSet
 from cfol_nb.evaluate import Outcomes, evaluate
-from cfol_nb.files import Corrupt, bar, read_tensors, runs_dir, write_tensors
+from cfol_nb.files import Corrupt, bar, read_tensors, replacing, runs_dir, write_tensors
 from cfol_nb.models import Normalize
 from cfol_nb.runs import Run, same_images
 
@@ -69,6 +75,51 @@ def unseen(source: str, dataset: str, image_size: int | None = None) -> ImageSet
     return data.leave_out(test, own.without if same else ())
 
 
+_SETTINGS = (  # of the process, that code of others may change: how to read each, and to set it
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    *((partial(getattr, cudnn, k), partial(setattr, cudnn, k)) for k in ("enabled", "benchmark", "deterministic")),
+)
+_STATES = (
+    (random.getstate, random.setstate),
+    (np.random.get_state, np.random.set_state),
+    (torch.get_rng_state, torch.set_rng_state),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+)
+
+
+def settings() -> Callable[[], None]:
+    """A function that makes the working directory and torch's settings what they are now."""
+    folder, values = os.getcwd(), [get() for get, _ in _SETTINGS]
+
+    def restore() -> None:
+        os.chdir(folder)
+        for (get, put), value in zip(_SETTINGS, values, strict=True):
+            if get() != value:
+                put(value)
+
+    return restore
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Code of others runs inside; directory, torch's settings, seeds and handlers of signals are then as before."""
+    restore, states = settings(), [get() for get, _ in _STATES]
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    try:
+        yield
+    finally:
+        restore()
+        for (_, put), state in zip(_STATES, states, strict=True):
+            put(state)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def load_model(source: str, weights: Path | None, num_classes: int, channels: int) -> nn.Module:
     """A model that maps images in [0, 1] to logits, in eval mode, in float32.
 
@@ -97,10 +148,11 @@ def load_model(source: str, weights: Path | None, num_classes: int, channels: in
             raise FileNotFoundError(f"there is no file {path}")
         sys.path.insert(0, beside := str(Path(path).resolve().parent))  # as Python itself does with a script
         try:
-            found = runpy.run_path(path)
-            module = model = found[function]() if callable(found.get(function)) else None
+            with _undisturbed():
+                found = runpy.run_path(path)
+                module = model = found[function]() if callable(found.get(function)) else None
         except (Exception, SystemExit) as error:  # whatever the user's code does
-            reason = f"{type(error).__name__}: {error}"
+            reason = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:500])))
             raise ValueError(f"{source} cannot be called without arguments: {reason}") from error
         finally:
             sys.path.remove(beside)
@@ -325,9 +377,8 @@ class Audit:
             "border-bottom:1px solid #e4e4e4}.t td:first-child,.t th:first-child{text-align:left}"
         )
         page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self.name)}</title>'
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{page}<style>{style}</style>" + "\n".join(body) + "</html>\n")
+        with replacing(path := Path(path)) as part:
+            part.write_text(f"{page}<style>{style}</style>" + "\n".join(body) + "</html>\n", encoding="utf-8")
         return path
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
+import json
+import math
+import multiprocessing
+import os
 import re
+import signal
+import sys
+import threading
 import time
+import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated
 
@@ -281,6 +291,107 @@ def report(out: Annotated[Path, typer.Option(file_okay=False, help="Folder of th
     typer.echo(headless.report(out))
 
 
+# -- code of others runs in a process of its own -----------------------------------------------------------------------
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(3)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _child(pipe: Connection, target, args: tuple) -> None:
+    """What runs in the process that `_watched` starts. Only `say` reaches standard output: what is printed here goes to
+    standard error. With its session, whatever it starts can be ended with it."""
+    os.setsid()
+    os.dup2(2, 1)
+    multiprocessing.set_start_method(None, force=True)  # the default again, as in any process
+    with contextlib.suppress(OSError):  # Linux: where memory ends, this process goes, and no other
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def say(*words) -> None:
+        pipe.send_bytes(json.dumps(words).encode())
+
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        target(say, *args)
+        say("done")
+    except BaseException as error:
+        kind = "refused" if isinstance(error, ValueError | FileNotFoundError) else "failed"
+        with contextlib.suppress(OSError):
+            say(kind, type(error).__name__, " ".join(str(error).split())[:1000], traceback.format_exc()[-10_000:])
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(0)  # whatever threads and exit handlers are left
+
+
+def _watched(target, *args, until: float) -> None:
+    """Run `target(say, *args)` in a process of its own, and print what it says.
+
+    say("doing", text, until): what it does from now on, and the time (of `time.monotonic`) by which that has to end.
+    say("print", text): for standard output. ValueError for what it refuses; RuntimeError or TimeoutError, in a sentence
+    with what it did, if it fails, ends early or late. It never outlives the call, nor this process.
+    """
+    context, doing, start = multiprocessing.get_context("spawn"), "starting", time.monotonic()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, target, args))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone
+    process.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    sender.close()
+    try:
+        while True:
+            # its end is asked for, since processes that it forked keep the pipe open
+            while not receiver.poll(min(max(until - time.monotonic(), 0), 0.5)) and process.is_alive():
+                if time.monotonic() >= until:
+                    took = time.monotonic() - start
+                    raise TimeoutError(f"{doing} did not end within {took:.0f} s: is more time needed (--minutes)?")
+            try:
+                kind, *words = json.loads(receiver.recv_bytes()) if receiver.poll() else ["end"]
+            except (EOFError, ConnectionError):
+                kind = "end"
+            if kind == "doing":
+                doing, until = words
+            elif kind == "print":
+                typer.echo(words[0])
+            elif kind == "done":
+                return
+            elif kind == "refused":
+                raise ValueError(words[1]) from RuntimeError(words[2])
+            elif kind == "failed":
+                raise RuntimeError(f"{doing} failed: {': '.join(filter(None, words[:2]))}") from RuntimeError(words[2])
+            else:
+                process.join()
+                code = process.exitcode
+                how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+                short = " (was memory short?)" * (code == -signal.SIGKILL)
+                raise RuntimeError(f"{doing} ended the process with {how}{short}, before it was done")
+    except (KeyboardInterrupt, SystemExit, TimeoutError):
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)  # so that it leaves no half-written file
+            process.join(3)
+        raise
+    finally:
+        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # what it started
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+
+
+def _place(text: str) -> str:
+    """The name of a model, weights or data with the paths in it made absolute, and with the contents of files."""
+    parts = []
+    for part in text.split(":"):
+        path = Path(part).expanduser()
+        if path.is_file():
+            with open(path, "rb") as f:
+                parts.append(hashlib.file_digest(f, "sha256").hexdigest())
+        parts.append(str(path.resolve()) if part and path.exists() else part)
+    return ":".join(parts)
+
+
 @app.command()
 def audit(
     model: Annotated[str, typer.Option(help="FILE.py:function, torchvision:NAME, or run:NAME (a stored run).")],
@@ -311,8 +422,15 @@ def audit(
 
     Example: cfol-nb audit --model net.py:make --weights net.safetensors --data imagefolder:photos --minutes 30
     """
+    given = locals()
     start = time.monotonic()  # importing torch, decoding images and loading weights count, too
+    if minutes is not None and not minutes < math.inf:
+        raise ValueError(f"minutes={minutes}: a finite number is needed")
+    _watched(_audit, start, given, until=math.inf if minutes is None else start + 60 * minutes)
 
+
+def _audit(say, start: float, given: dict) -> None:
+    """The command `audit` in its own process. given: its arguments."""
     import torch
 
     from cfol_nb import audit as a
@@ -321,43 +439,52 @@ def audit(
     from cfol_nb.files import runs_dir, write_tensors
     from cfol_nb.headless import parse
 
-    if choose("device", device, ("auto", "cpu", "cuda")) == "auto":
+    model, data, weights, minutes = (given[k] for k in ("model", "data", "weights", "minutes"))
+    if (device := choose("device", given["device"], ("auto", "cpu", "cuda"))) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: there is no CUDA device here")
-    if isinstance(radius := parse(eps), bool) or not isinstance(radius, int | float):
-        raise ValueError(f"eps={eps}: a number is needed, such as 8/255")
-    images = d.limit(a.unseen(model, data, image_size), limit)
-    typer.echo(
-        f"{len(images)} images of {len(images.class_names)} classes, in this order: {', '.join(images.class_names)}"
-    )
-    net = a.load_model(model, weights, len(images.class_names), images.images.shape[1]).to(device)
-    name = f"{model}{f', {weights.name},' if weights else ''} on {data}"
-    settings = hashlib.sha256(repr((model, weights, data, eps, norm, version, limit, image_size)).encode()).hexdigest()[
-        :8
-    ]
-    folder = out or runs_dir() / "audits" / f"{re.sub(r'[^A-Za-z0-9]+', '-', Path(model).name)}-{settings}"
+    if isinstance(radius := parse(given["eps"]), bool) or not isinstance(radius, int | float):
+        raise ValueError(f"eps={given['eps']}: a number is needed, such as 8/255")
+    end = math.inf if minutes is None else start + 60 * minutes
+    say("doing", f"reading {data}", end)
+    images = d.limit(a.unseen(model, data, given["image_size"]), given["limit"])
+    names = images.class_names
+    say("print", f"{len(images)} images of {len(names)} classes, in this order: {', '.join(names)}")
+    asked = [_place(str(given[k])) for k in ("model", "weights", "data")]
+    asked += [given[k] for k in ("eps", "norm", "version", "limit", "image_size")]
+    settings = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
+    title = re.sub(r"[^A-Za-z0-9]+", "-", Path(model).name)
+    folder = (given["out"] or runs_dir() / "audits" / f"{title}-{settings}").resolve()
+    say("doing", f"loading {model}", time.monotonic() + 600 if minutes is None else end)
+    restore = a.settings()
+    net = a.load_model(model, weights and weights.resolve(), len(names), images.images.shape[1]).to(device)
+    if not (given["compiled"] or isinstance(net, torch.jit.ScriptModule)):  # there it would be in the way
+        net.register_forward_hook(lambda *_: restore())
+    # what a call in time may still take: the last batch, and the gallery
+    say("doing", f"attacking {model}", end + max(15, 6 * (minutes or 0)))
     found = a.audit(
         net,
         images.images,
         images.labels,
-        images.class_names,
+        names,
         eps=float(radius),
-        norm=norm,
-        version=version,
-        name=name,
-        worst_only=worst_only,
+        norm=given["norm"],
+        version=given["version"],
+        name=f"{model}{f', {weights.name},' if weights else ''} on {data}",
+        worst_only=given["worst_only"],
         minutes=None if minutes is None else max(minutes - (time.monotonic() - start) / 60, 0),
         folder=folder,
-        compiled=compiled,
+        compiled=given["compiled"],
     )
+    say("doing", "writing the page", math.inf)
     write_tensors(folder / "outcomes.safetensors", found.outcomes.tensors(), found.outcomes.meta())
-    typer.echo(f"per cent [95 % interval]\n{found.stated().to_string(index=False)}")
-    typer.echo(f"\nimages that each attack was the first to break\n{found.broken_by().to_string()}")
+    page = found.html(folder / "audit.html")
+    say("print", f"per cent [95 % interval]\n{found.stated().to_string(index=False)}")
+    say("print", f"\nimages that each attack was the first to break\n{found.broken_by().to_string()}")
     if len(found.checks):
-        typer.echo(f"\n{found.checks.to_string(index=False)}")
-    typer.echo(f"\n{found.verdict()}\n")
-    typer.echo(found.html(folder / "audit.html"))
+        say("print", f"\n{found.checks.to_string(index=False)}")
+    say("print", f"\n{found.verdict()}\n\n{page}")
 
 
 @app.command()
