@@ -418,7 +418,7 @@ def test_prose_in_this_package_moves_no_hash(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
     for i, text in enumerate((source, "def f(x): return x", source.replace("return x", "return 2"))):
         (tmp_path / f"m{i}.py").write_text(text)
-        hashes.append(files._module.__wrapped__(f"cfol_nb.m{i}")[0])
+        hashes.append(files._module(f"cfol_nb.m{i}")[0])
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -465,6 +465,14 @@ def test_recomputing_leaves_the_old_run_until_the_new_one_is_whole(pair, monkeyp
     assert not runs.whole(a.folder)
     (last,) = compute([a.config])
     assert last.history == a.history
+
+
+def test_a_verdict_of_other_code_is_made_anew(pair, monkeypatch):
+    monkeypatch.setattr(runs, "_judging", lambda run: "other")
+    with pytest.warns(UserWarning, match="1 stored verdicts were made by other code"):
+        (found,) = judge(pair[:1], MARGIN)
+    assert verdicts(pair[0], "last")["margin"][1]["code"] == "other"
+    assert list(found.attacks) == ["pgd20", "margin"]
 
 
 def test_a_run_of_an_earlier_version_is_computed_anew(pair):

@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict:
         text = path.read_bytes().decode()
         value = json.loads(text)
         if not isinstance(value, dict) or "sha256" not in value:
-            raise Unsigned(f"{path} carries no digest of what is in it: {ANEW}")
+            raise Unsigned(f"{path} carries no digest of all that is in it: {ANEW}")
         whole = text == _json(value)  # no key twice, no NaN, nothing behind it
         given = value.pop("sha256")
         whole = whole and given == hashlib.sha256(_json(value).encode()).hexdigest()
@@ -145,8 +145,10 @@ def digest(path: Path) -> str:
     checked."""
     with open(path, "rb") as f:
         start, given = f.read(_DIGEST), f.read(64)
+    if start[8:] == _BEFORE and given.startswith(rb"{\"meta\": "):
+        raise Unsigned(f"{path} carries no digest of all that is in it: {ANEW}")
     if start[8:] != _BEFORE or not re.fullmatch(rb"[0-9a-f]{64}", given):
-        raise Unsigned(f"{path} is truncated or carries no digest of cfol-nb: {ANEW}")
+        raise Corrupt(f"{path} is truncated or not a file of cfol-nb: {ANEW}")
     return given.decode()
 
 
@@ -212,9 +214,10 @@ def alone(lock: Path, what: str) -> Iterator[None]:
             f.seek(0)
             print(f"{what}: waiting for {f.read() or 'another process'}", file=sys.stderr, flush=True)
             fcntl.flock(f, fcntl.LOCK_EX)
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {platform.node()}, which is at it since {datetime.now():%Y-%m-%d %H:%M:%S}")
-        f.flush()
+        since = f"process {os.getpid()} on {platform.node()}, which is at it since {datetime.now():%Y-%m-%d %H:%M:%S}"
+        with contextlib.suppress(OSError):  # on a full disk it is not told
+            f.truncate(0)
+            os.write(f.fileno(), since.encode())
         try:
             yield
         finally:
@@ -231,9 +234,19 @@ def _library(name: str | None) -> bool:
     return root in sys.stdlib_module_names or bool({"site-packages", "dist-packages"} & set(Path(file).parts))
 
 
-@functools.cache
+_read: dict[str, tuple] = {}
+
+
 def _module(name: str) -> tuple[str, frozenset[str]]:
-    """A hash of one of this package's modules without comments, docstrings and layout, and what it imports of it."""
+    """A hash of one of this package's modules without comments, docstrings and layout, and what it imports of it; as it
+    was when it was first asked for, or loaded anew."""
+    loaded = getattr(sys.modules.get(name), "__spec__", None)
+    if name not in _read or _read[name][0] is not loaded:
+        _read[name] = loaded, _parsed(name)
+    return _read[name][1]
+
+
+def _parsed(name: str) -> tuple[str, frozenset[str]]:
     path = Path(__file__).parent.joinpath(*name.split(".")[1:])
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     if not path.exists():  # a name inside a module

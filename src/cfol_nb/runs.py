@@ -708,8 +708,14 @@ def judge(
             if not _known(run, which, path := _verdict(run, which, name, attack)):
                 jobs[str(path)] = str(run.folder), which, name, attack, str(path)
                 lacking.append(run)
-    for run in {run.config.dataset: run for run in lacking}.values():
-        same_images(run.config.dataset, run.provenance["data"])
+    for dataset, data in {(run.config.dataset, run.provenance.get("data", "")) for run in lacking}:
+        same_images(dataset, data)
+    if stale := [Path(path) for path in jobs if Path(path).exists()]:
+        warnings.warn(
+            f"{len(stale)} stored verdicts were made by other code than this (for example {stale[0].name} of "
+            f"{stale[0].parent.name}): they are made anew",
+            stacklevel=2,
+        )
     if jobs:
         configs = [run.config for run in lacking]
         with bar(len(jobs), "judged") as progress:

@@ -26,7 +26,7 @@ from cfol_nb.data import ImageSet
 from cfol_nb.engine import choose_engine, make_step
 from cfol_nb.evaluate import Outcomes, evaluate
 from cfol_nb.features import REMAKES
-from cfol_nb.files import Corrupt, code_hash, read_tensors, write_tensors
+from cfol_nb.files import Corrupt, Unsigned, code_hash, read_tensors, write_tensors
 from cfol_nb.methods import METHODS, Method
 from cfol_nb.models import MODELS, build, initialised_from, sharing
 from cfol_nb.objectives import OBJECTIVES, TemporalEnsemble
@@ -381,11 +381,14 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
 
     meta: dict = {}
     if checkpoint and checkpoint.exists():
-        tensors, meta = read_tensors(checkpoint)
-        if (meta.get("key"), meta.get("data")) != (config.key(), data):
+        with contextlib.suppress(Unsigned):  # of an earlier version
+            tensors, meta = read_tensors(checkpoint)
+        if meta.get("key", config.key()) != config.key():
             raise Corrupt(f"{checkpoint} belongs to another run; delete it to start anew")
-        if meta["made_by"] != made_by:
+        if meta.get("made_by") != made_by:
             warnings.warn(f"{checkpoint} was written by other code or another torch: the run starts anew", stacklevel=2)
+        elif meta["data"] != data:
+            raise Corrupt(f"{checkpoint} belongs to a run on other images; delete it to start anew")
     if meta.get("made_by") == made_by:
         state = _unflatten(meta["tree"], tensors)
         model.load_state_dict(state["model"])
