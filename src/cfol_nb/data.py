@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -267,8 +268,10 @@ def load(
     """
     if channels not in (None, 3):
         raise ValueError(f"channels={channels}: 3, or None for images as they are, is needed")
-    if image_size is not None and not (isinstance(image_size, int) and 1 <= image_size <= _most_pixels() ** 0.5):
-        raise ValueError(f"image_size={image_size}: a whole number from 1 to {_most_pixels() ** 0.5:.0f} is needed")
+    largest = math.isqrt(_most_pixels())
+    if image_size is not None and not (isinstance(image_size, Integral) and 1 <= image_size <= largest):
+        raise ValueError(f"image_size={image_size}: a whole number from 1 to {largest} is needed")
+    image_size = image_size and int(image_size)
     if name == "digits":
         found = _digits(image_size, split_seed or 0)
     elif name.startswith("imagefolder:"):
@@ -464,7 +467,7 @@ def _find(name: str) -> Path:
         if name != "imagefolder:" and (base / path).is_dir():
             return (base / path).resolve()
     raise FileNotFoundError(
-        f"no folder {path} (looked in the current folder, the project, and {data_dir()}): "
+        f"no folder {_shown(path)} (looked in the current folder, the project, and {data_dir()}): "
         "give imagefolder:PATH with train/ and test/ inside, one folder per class each"
     )
 
@@ -486,17 +489,12 @@ def _part(folder: Path) -> tuple[str, str]:
     return part, " ".join(re.findall(r"[^\W\d_]+", _SPLIT.sub(" ", name)))
 
 
-@functools.cache
-def _suffixes() -> frozenset[str]:
-    """Of the images that Pillow reads here; it knows more, which it writes or passes on."""
+def _is_image(path: Path) -> bool:
+    """By its suffix, one of those that Pillow reads here; it knows more, which it writes or passes on."""
     from PIL import Image
 
-    other = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind not in other)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _suffixes()
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    return kind not in (None, "BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
