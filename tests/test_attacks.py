@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cfol_nb.attacks import fgsm, kl, margin, pgd
+from cfol_nb.attacks import fgsm, kl, margin, n_fgsm, pgd
 from cfol_nb.audit import audit
 from cfol_nb.autoattack import autoattack
 from cfol_nb.evaluate import evaluate
@@ -429,3 +429,40 @@ def test_kl_without_a_random_start_in_an_evaluation(curved, images):
     got = [evaluate(curved, images, y, attacks, checks=0).correct("kl") for attacks in both]
     assert got[1].mean() < 0.7
     assert abs(got[0].mean() - got[1].mean()) < 0.2
+@pytest.mark.parametrize("k", [0, 0.5, 2])
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+@pytest.mark.parametrize("each", [False, True])
+def test_n_fgsm_is_a_step_from_noise_that_is_not_brought_back_into_the_ball(linear, images, labels, k, loss, each):
+    """Against NumPy, with the gradient of a linear classifier in closed form: W^T (softmax - target)."""
+    model, n = linear(36, 3), len(images)
+    images[:4], images[4:8] = 0.0, 1.0
+    eps = torch.linspace(0.01, 0.2, n, dtype=torch.float64) if each else 0.1
+    w, b, x = model.weight.detach().numpy(), model.bias.detach().numpy(), images.flatten(1).numpy()
+
+    def softmax(z):
+        e = np.exp(z - z.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True)
+
+    size = np.broadcast_to(np.asarray(eps), n)[:, None]
+    noise = torch.rand(images.shape, generator=generator(), dtype=torch.float64).flatten(1).numpy() * 2 - 1
+    noisy = np.clip(x + k * size * noise, 0, 1)
+    target = softmax(x @ w.T + b) if loss == "kl" else np.eye(3)[labels]
+    expected = np.clip(noisy + size * np.sign((softmax(noisy @ w.T + b) - target) @ w), 0, 1)
+    found = n_fgsm(model, images, labels, eps, k, loss, generator()).flatten(1).numpy()
+    if loss == "ce" or k:  # at the image itself the divergence has no gradient: its sign is rounding
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    assert (np.abs(found - x) > size + 1e-6).any() == (k > 0)
+    if loss == "ce" and not k:
+        torch.testing.assert_close(fgsm(model, images, labels, eps).flatten(1).numpy(), found)
+
+
+def test_n_fgsm_leaves_the_model_as_it_was_and_refuses_bad_k(curved, images):
+    y = torch.arange(16) % 4
+    curved.train()
+    before = {k: v.clone() for k, v in curved.state_dict().items()}
+    n_fgsm(curved, images, y, 0.1)
+    assert curved.training
+    assert all(torch.equal(v, before[k]) for k, v in curved.state_dict().items())
+    for k in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"k={k} is not a finite number >= 0"):
+            n_fgsm(curved, images, y, 0.1, k)

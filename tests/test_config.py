@@ -3,8 +3,10 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
-from cfol_nb.config import RunConfig, Schedule
+from cfol_nb.config import RunConfig, Schedule, preset
+from cfol_nb.files import ROOT
 
 
 def test_needs_no_torch():
@@ -75,6 +77,13 @@ def test_defaults_fit_the_data_set():
         ({"schedule": {"name": "cyclic", "cycles": 0}}, "cycles"),
         ({"schedule": {"name": "cosine", "milestones": [0.2]}}, "'cosine' has no option 'milestones': 'step' has"),
         ({"schedule": {"name": "step", "cycles": 2}}, "'step' has no option 'cycles': 'cyclic' has"),
+        ({"training_attack": "fgsm"}, "'pgd' or 'n-fgsm', got 'fgsm'"),
+        ({"training_attack": {"name": "n-fgsm", "k": -1}}, "k: .* greater than or equal to 0, got -1"),
+        ({"training_attack": {"name": "pgd", "k": 1}}, "'pgd' has no option 'k'"),
+        ({"training_attack": "n-fgsm", "steps": 7}, "steps=7: .* one step of the size eps=0.15, so leave out steps"),
+        ({"training_attack": "n-fgsm", "step": 0.1}, "step=0.1: .* so leave out step"),
+        ({"training_attack": "n-fgsm", "norm": "l2", "eps": 0.5}, "is for norm='linf': norm='l2' needs 'pgd'"),
+        ({"label_smoothing": 1}, "label_smoothing: .* less than 1, got 1"),
         ({"remake": "matched"}, "needs a parent"),
         ({"parent": {"model": "mlp"}}, "do not fit"),
         ({"parent": {}, "without": ["3"]}, "another without"),
@@ -94,6 +103,43 @@ def test_bad_settings_are_refused(given, says):
 def test_one_wrong_value_is_one_complaint(given):
     with pytest.raises(ValueError, match=r"\A(?!.*(; |https))[^\n]+\Z"):
         RunConfig(**given)
+
+
+def test_what_is_published_keeps_its_identity():
+    """A setting that came after a run was published, and has its default, is not in the run's key."""
+    paths = sorted((ROOT / "results").glob("*.json"))
+    assert len(paths) > 50
+    for path in paths:
+        stored = json.loads(path.read_text())["config"]
+        config = RunConfig(**stored)
+        for setting in ("training_attack", "label_smoothing"):
+            assert setting in stored or setting not in config.key()  # nor in its parent's
+        assert RunConfig(**config.model_dump(mode="json")).key() == config.key()
+
+
+def test_n_fgsm_is_one_step_of_the_radius_and_another_run():
+    config = RunConfig(training_attack="n-fgsm")
+    assert (config.steps, config.step, config.training_attack.k) == (1, 0.15, 2.0)
+    assert RunConfig(training_attack={"name": "n-fgsm", "k": 2}).hash() == config.hash()
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+    others = [{}, {"training_attack": {"name": "n-fgsm", "k": 0}}, {"steps": 1, "step": 0.15}, {"label_smoothing": 0.1}]
+    assert len({RunConfig(**o).hash() for o in others} | {config.hash()}) == 5
+    assert RunConfig(training_attack="pgd", label_smoothing=0).hash() == RunConfig().hash()
+    assert RunConfig(training_attack="n-fgsm", eps=0).step == 1.0  # as of pgd: a step of nothing is none
+
+
+def test_the_fast_preset_is_the_recipe_and_digits_have_none():
+    config = RunConfig(dataset="cifar10", **preset("fast", "cifar10"))
+    assert (config.epochs, config.lr, config.ema, config.dtype) == (30, 0.2, 0.999, "bfloat16")
+    assert (config.training_attack.name, config.eps) == ("n-fgsm", 8 / 255)
+    assert [config.schedule(t) for t in (0, 0.25, 0.5, 0.75)] == [0, 0.5, 1, 0.5]
+    for path in (ROOT / "notebooks/parameters").glob("*_fast.yaml"):
+        settings = yaml.safe_load(path.read_text())["settings"]
+        assert RunConfig(dataset="cifar10", **settings) == config.model_copy(update={"model": settings["model"]})
+    with pytest.raises(ValueError, match=r"'fast' is for image data sets .* digits"):
+        preset("fast", "digits")
+    with pytest.raises(ValueError, match="unknown preset 'fats'; did you mean 'fast'"):
+        preset("fats", "cifar10")
 
 
 def test_schedules_are_torchs():

@@ -105,10 +105,47 @@ def test_the_attack_computes_no_weight_gradient(how, monkeypatch):
     assert watch.input_gradients == 3 * convolutions
 
 
+@pytest.mark.parametrize("objective", ["at", "trades"])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_step_with_n_fgsm_waits_for_the_device_either(images, method, objective):
+    step, method, _ = parts(RunConfig(method=method, objective=objective, training_attack="n-fgsm"), images[0])
+    with Watch() as watch:
+        index = method.draw(32)
+        _, logits = step(images[0].images[index], images[0].labels[index])
+        method.after_step(index, images[0].labels[index], logits)
+    assert not watch.waits
+
+
+def test_n_fgsm_in_a_step_scales_noise_and_step_with_a_methods_radius(images, monkeypatch):
+    """Images of mid grey, so that nothing is clamped: class by class the farthest pixel is near 3 eps times the factor,
+    and no pixel beyond; the noise is symmetric."""
+    factors, seen = torch.linspace(0.2, 1.5, 10, dtype=torch.float64), []
+    monkeypatch.setattr(METHODS["erm"], "radius", lambda self, y: factors[y])
+    monkeypatch.setattr(OBJECTIVES["at"], "__call__", lambda self, m, x, x_adv, *rest: keep(seen, x_adv, m(x_adv)))
+    config = RunConfig(training_attack="n-fgsm", eps=0.05)
+    step, _, _ = parts(config, images[0])
+    step(torch.full((400, 1, 8, 8), 128, dtype=torch.uint8), torch.arange(400) % 10)
+    inside = seen[0][..., 1:-1, 1:-1]  # where no crop brings in its padding
+    moved = (inside - 128 / 255).view(40, 10, 36).transpose(0, 1).flatten(1)
+    reach = 3 * 0.05 * factors
+    assert (moved.abs().amax(1) <= reach + 1e-12).all()
+    assert (moved.abs().amax(1) > 0.98 * reach).all()
+    variance = (0.05 * factors) ** 2 * (1 + 4 / 3)  # of U(-2, 2), and of a sign
+    torch.testing.assert_close(moved.var(1, correction=0), variance, rtol=0.15, atol=0)
+
+
+def keep(seen, x_adv, logits):
+    seen.append(x_adv)
+    return logits.sum(1), logits
+
+
+@pytest.mark.parametrize("attack", ["pgd", "n-fgsm"])
 @pytest.mark.parametrize("ensembling", [None, {"weight": 1e4}], ids=["plain", "ensemble"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("model", ["smallcnn", {"name": "preactresnet18", "width": 4}], ids=["cnn", "batch norm"])
-def test_a_compiled_step_is_the_eager_one_in_few_compilations(images, monkeypatch, model, objective, ensembling):
+def test_a_compiled_step_is_the_eager_one_in_few_compilations(
+    images, monkeypatch, model, objective, ensembling, attack
+):
     """Through AOTAutograd without a code generator: the same operations, so the same numbers.
 
     Two compilations: the attacked and the trained network; TRADES calls both on clean images too, an ensemble one.
@@ -119,7 +156,8 @@ def test_a_compiled_step_is_the_eager_one_in_few_compilations(images, monkeypatc
     results = {}
     for how in ("eager", "compile"):
         given = {"model": model, "objective": objective, "ensembling": ensembling}
-        step, method, net = parts(RunConfig(engine=how, steps=3, **given), images[0])
+        given |= {"steps": 3} if attack == "pgd" else {"training_attack": attack, "label_smoothing": 0.2}
+        step, method, net = parts(RunConfig(engine=how, **given), images[0])
         for _ in range(3):
             index = method.draw(32)
             step(images[0].images[index], images[0].labels[index], *([] if ensembling is None else [index]))
@@ -216,10 +254,10 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 
 
 @cuda
-def test_graph_replays_draw_fresh_noise_and_the_same_seed_repeats(tiny, images):
-    a, b, c = (
-        train(tiny(engine="graph", device="cuda", dtype="float32", seed=s, epochs=8), *images) for s in (0, 0, 1)
-    )
+@pytest.mark.parametrize("attack", [{}, {"training_attack": "n-fgsm", "steps": 1}], ids=["pgd", "n-fgsm"])
+def test_graph_replays_draw_fresh_noise_and_the_same_seed_repeats(tiny, images, attack):
+    given = {"engine": "graph", "device": "cuda", "dtype": "float32", "epochs": 8, **attack}
+    a, b, c = (train(tiny(**given, seed=s), *images) for s in (0, 0, 1))
     assert all(torch.equal(v, b.weights["last"][k]) for k, v in a.weights["last"].items())
     assert not all(torch.equal(v, c.weights["last"][k]) for k, v in a.weights["last"].items())
 

@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import signal
 import threading
 
@@ -9,13 +10,14 @@ import torch
 
 from cfol_nb import models
 from cfol_nb import train as train_module
-from cfol_nb.attacks import pgd
+from cfol_nb.attacks import n_fgsm, pgd
+from cfol_nb.config import RunConfig
 from cfol_nb.data import limit, split
 from cfol_nb.evaluate import as_float, evaluate
 from cfol_nb.files import Corrupt
 from cfol_nb.methods import METHODS, Method, register
 from cfol_nb.stats import counts
-from cfol_nb.train import Diverging, Stopped, _amiss, new_model, train
+from cfol_nb.train import Diverging, Stopped, _amiss, _collapse, check, new_model, train
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +29,14 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam", "ensemble"])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "ensemble", "fast"])
 def test_is_the_plain_loop(tiny, images, kind):
     """Against adversarial training written out by hand: same draws, same noise, torch's own optimiser and schedule."""
-    given = {"optimizer": kind, "lr": 0.003 if kind == "adam" else 0.2}
-    given |= (
-        {"optimizer": "sgd", "ensembling": {"weight": 9, "momentum": 0.7, "ramp": 0.8}} if kind == "ensemble" else {}
-    )
+    given = {"optimizer": "adam" if kind == "adam" else "sgd", "lr": 0.003 if kind == "adam" else 0.2}
+    given |= {
+        "ensemble": {"ensembling": {"weight": 9, "momentum": 0.7, "ramp": 0.8}},
+        "fast": {"training_attack": {"name": "n-fgsm", "k": 1.5}, "steps": 1, "label_smoothing": 0.3},
+    }.get(kind, {})
     config = tiny(epochs=2, batch_size=32, schedule="cosine", weight_decay=1e-3, ema=0.8, **given)
     train_images, held = images
     model, n = new_model(config, train_images), len(train_images)
@@ -50,10 +53,14 @@ def test_is_the_plain_loop(tiny, images, kind):
         order = torch.randperm(n, generator=shuffle)
         for i in range(n // 32):
             xb, yb = x[order[32 * i : 32 * i + 32]], y[order[32 * i : 32 * i + 32]]
-            x_adv = pgd(model, xb, yb, config.eps, config.step, config.steps, generator=noise)
+            if kind == "fast":
+                x_adv = n_fgsm(model, xb, yb, config.eps, 1.5, generator=noise)
+            else:
+                x_adv = pgd(model, xb, yb, config.eps, config.step, config.steps, generator=noise)
             model.train()
             optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(model(x_adv), yb)
+            smoothing = 0.3 if kind == "fast" else 0.0
+            loss = torch.nn.functional.cross_entropy(model(x_adv), yb, label_smoothing=smoothing)
             if kind == "ensemble":
                 batch = order[32 * i : 32 * i + 32].numpy()
                 said[batch] = 0.7 * said[batch] + 0.3 * model(xb).softmax(1).detach().numpy()
@@ -366,3 +373,112 @@ def test_a_run_that_leaves_the_track_is_told_from_noise(tiny, images):
         done = train(tiny(method={"name": "cfol", "drift": 1e5}, epochs=3), *images)
     assert len(caught) == len({text for e in done.history for text in e.get("warnings", ())})  # each is told once
     assert done.history[-1]["warnings"]
+
+
+@pytest.mark.parametrize(
+    "given", [{"training_attack": "n-fgsm"}, {"steps": 1, "step": 0.2}], ids=["n-fgsm", "one step"]
+)
+def test_a_single_step_is_watched_by_pgd_10_and_by_its_own_accuracy(tiny, images, given):
+    config = tiny(**{"steps": 1, "epochs": 2, "batch_size": 48, "method": "cfol", **given})
+    done = train(config, *images)
+    model = new_model(config, images[0])
+    model.load_state_dict(done.weights["last"])
+    attack = {"robust": {"eps": 0.15, "step": 2.5 * 0.15 / 10, "steps": 10}}
+    o = evaluate(model, images[1].images, images[1].labels, attack, seed=2)
+    assert done.history[-1]["robust"] == counts(o, "robust")[0].tolist()
+    for entry in done.history:  # 48 images a step, only whole batches
+        assert sum(entry["drawn"]) == len(images[0]) // 48 * 48
+        assert all(0 <= right <= n for right, n in zip(entry["trained"], entry["drawn"], strict=True))
+    plain = train(tiny(epochs=1), *images).history[0]
+    assert not {"drawn", "trained"} & set(plain)  # several steps: nothing is added to what is stored
+    assert train(tiny(epochs=1, objective="clean", **{"steps": 1, **given}), *images).history[0].keys() == plain.keys()
+
+
+def test_what_a_single_step_met_is_the_accuracy_on_its_own_images(tiny, images, monkeypatch):
+    """Against the logits that the method hears of, step by step."""
+    seen = []
+
+    def listen(self, index, y, logits):
+        seen.append((y, logits.argmax(1) == y))
+
+    monkeypatch.setattr(Method, "after_step", listen)
+    entry = train(tiny(epochs=1, training_attack="n-fgsm", steps=1), *images).history[0]
+    y, right = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert entry["drawn"] == torch.bincount(y, minlength=10).tolist()
+    assert entry["trained"] == torch.bincount(y[right], minlength=10).tolist()
+
+
+def test_a_stopped_fast_run_goes_on_to_the_same_history(tiny, images, tmp_path):
+    config = tiny(training_attack="n-fgsm", steps=1, ema=0.9, batch_size=32, epochs=3)
+    whole, path = train(config, *images), tmp_path / "c.safetensors"
+
+    def stop(done, total):
+        if done == total // 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        train(config, *images, checkpoint=path, progress=stop)
+    again = train(config, *images, checkpoint=path)
+    assert again.history == whole.history
+    assert all(same(again.weights[w], whole.weights[w]) for w in whole.weights)
+
+
+def watched(*looks, n=500):
+    """A history from (clean, PGD, own) in per cent, each a number for all classes or one a class (three)."""
+    each = [[c if isinstance(c, tuple) else (c,) * 3 for c in look] for look in looks]
+    return [
+        {
+            "epoch": i,
+            "n": [n] * 3,
+            "drawn": [10 * n] * 3,
+            **{"clean": [n * v // 100 for v in clean], "robust": [n * v // 100 for v in pgd]},
+            "trained": [n * v // 10 for v in own],
+        }
+        for i, (clean, pgd, own) in enumerate(each, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("looks", "first"),
+    [
+        ([(70, 40, 40), (75, 45, 45), (80, 3, 85)], "a"),  # as FGSM on CIFAR-10; all at once: any of them
+        ([(70, 40, 40), (75, 45, 45), (80, (45, 2, 45), (45, 90, 45)), (80, 2, 90)], "b"),
+        ([(70, 40, 40), (75, (45, 45, 9), (45, 45, 80)), (80, (45, 45, 5), (45, 45, 90))], "c"),  # one class alone
+        ([(50, 2, 40), (60, 1, 50), (70, 0, 70)], "a"),  # never above guessing
+        ([(70, 40, 40), (75, 45, 45), (80, 3, 85), (80, 2, 90), (80, 1, 95)], "a"),
+        ([(70, 40, 40), (75, 45, 45), (80, 43, 60), (85, 41, 75)], None),  # overfitting, not catastrophic
+        ([(70, 40, 40), (75, 45, 45), (20, 3, 20)], None),  # training has diverged: its own accuracy falls, too
+        ([(70, 40, 40), (75, 45, 45), (80, 3, 85), (80, 45, 45)], None),  # it has recovered
+        ([(70, 45, 40), (70, (45, 9, 45), (42, 42, 42)), (70, 45, 44)], None),  # a class swings
+        ([(70, 45, 40), (75, (45, 45, 9), (45, 45, 80))], None),  # one look at one class
+        ([(33, 33, 33), (33, (99, 0, 0), 33), (33, (0, 99, 0), 34)], None),  # nothing is learnt yet
+    ],
+)
+def test_catastrophic_overfitting_is_pgd_falling_while_the_own_accuracy_rises(looks, first):
+    said = _collapse(watched(*looks), ("a", "b", "c"))
+    assert ("first in class" in said) == (first is not None)
+    assert first is None or f"first in class {first!r}" in said
+    between = [e if i % 2 else {"epoch": 0, "drawn": [9], "trained": [9]} for i, e in enumerate(watched(*looks), 1)]
+    assert _collapse(between[:1], "abc") == ""  # epochs without a look say nothing
+
+
+def test_fgsm_at_a_large_radius_is_warned_of_and_n_fgsm_is_not(digits):
+    """FGSM without noise: right on 57 % of the training batches under its own attack, on 0 % under PGD-10."""
+    images, told = split(digits.train, 0.2), {}
+    for k in (0, 2):
+        attack = {"name": "n-fgsm", "k": k}
+        config = RunConfig(training_attack=attack, eps=0.4, epochs=20, lr=0.1, model="mlp")
+        with pytest.warns(Diverging) as caught:
+            history = train(config, *images).history
+        texts = [str(w.message) for w in caught]
+        told[k] = [text for text in texts if "catastrophic overfitting" in text]
+        last = history[-1]
+        gap = sum(last["trained"]) / sum(last["drawn"]) - sum(last["robust"]) / sum(last["n"])
+        assert (gap > 0.3) == (k == 0)
+    assert len({*re.findall(r"first in class '[0-9]'", " ".join(told[0]))}) == len(told[0]) == 1  # told once
+    assert not told[2]
+
+
+def test_a_divergence_cannot_be_attacked_from_the_image_itself(tiny):
+    with pytest.raises(ValueError, match="k=0: the KL divergence that 'trades' attacks has no gradient"):
+        check(tiny(objective="trades", steps=1, training_attack={"name": "n-fgsm", "k": 0}))

@@ -295,7 +295,7 @@ def _collapse(history: list[dict], names: Sequence[str]) -> str:
     top[:, 0], then = top[:, 0].clip(guess), then.clip(guess)
     falls = top - pgd > 3 * np.sqrt(top * (1 - top) / n)
     rises = (own - then > 3 * np.sqrt(then * (1 - then) / m)) & (own > (clean + pgd) / 2)
-    rises &= own > guess + (1 - guess) / 10  # a network that has learnt nothing yet swings from class to class
+    rises &= own > guess + (1 - guess) / 5  # a network that has learnt little yet swings from class to class
 
     def since(share: float) -> np.ndarray:
         """How many looks in a row, up to now, accuracy has been below this share of its best."""
