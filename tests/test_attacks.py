@@ -429,6 +429,8 @@ def test_kl_without_a_random_start_in_an_evaluation(curved, images):
     got = [evaluate(curved, images, y, attacks, checks=0).correct("kl") for attacks in both]
     assert got[1].mean() < 0.7
     assert abs(got[0].mean() - got[1].mean()) < 0.2
+
+
 @pytest.mark.parametrize("k", [0, 0.5, 2])
 @pytest.mark.parametrize("loss", ["ce", "kl"])
 @pytest.mark.parametrize("each", [False, True])
