@@ -1,10 +1,13 @@
 import os
+import signal
+import sys
 
 os.environ["CFOL_NB_PROGRESS"] = "off"
 
 import pytest
 import torch
 
+from cfol_nb import cli
 from cfol_nb.config import RunConfig
 from cfol_nb.data import load
 
@@ -15,6 +18,23 @@ def own_store(tmp_path, monkeypatch):
     monkeypatch.setenv("CFOL_NB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("CFOL_NB_DATA", str(tmp_path / "data"))
     return tmp_path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run `cfol-nb` with these words: (exit status, standard output, standard error)."""
+    heard = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["cfol-nb", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, *capsys.readouterr()
+
+    yield call
+    sys.unraisablehook = sys.__unraisablehook__
+    for number, handler in heard.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

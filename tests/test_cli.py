@@ -13,27 +13,9 @@ import nbformat
 import numpy as np
 import pytest
 
-from cfol_nb import __main__ as console
 from cfol_nb.config import RunConfig, of_type, options
 from cfol_nb.headless import parse, typed
 from cfol_nb.suite import published
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run `cfol-nb` with these words: (exit status, standard error)."""
-    heard = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["cfol-nb", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            console.main()
-        return end.value.code, capsys.readouterr().err
-
-    yield call
-    sys.unraisablehook = sys.__unraisablehook__
-    for number, handler in heard.items():
-        signal.signal(number, handler)
 
 
 def one_sentence(err):
@@ -82,7 +64,7 @@ def one_sentence(err):
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_by_name(command, tmp_path, setting, says):
-    status, err = command("train", "-s", setting)
+    status, _, err = command("train", "-s", setting)
     assert status == 2
     assert one_sentence(err), err
     assert re.search(says, err), err
@@ -111,7 +93,7 @@ def test_a_setting_that_cannot_be_is_refused_by_name(command, tmp_path, setting,
     ],
 )
 def test_a_command_that_cannot_be_is_refused_by_name(command, words, says):
-    status, err = command(*words)
+    status, _, err = command(*words)
     assert status == 2
     assert one_sentence(err), err
     assert says in err
@@ -120,7 +102,7 @@ def test_a_command_that_cannot_be_is_refused_by_name(command, words, says):
 def test_what_cannot_be_written_is_named_and_its_traceback_lies_in_a_log(command, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for words in (["suite", "digits", "--results", tmp_path / "file/x"], ["report", "--out", tmp_path / "file/x"]):
-        status, err = command(*words)
+        status, _, err = command(*words)
         assert status == 1
         assert one_sentence(err), err
         assert f"{tmp_path / 'file/x'}: Not a directory" in err
@@ -129,7 +111,7 @@ def test_what_cannot_be_written_is_named_and_its_traceback_lies_in_a_log(command
         assert "Traceback" in log.read_text()
         assert "NotADirectoryError" in log.read_text()
     monkeypatch.setenv("CFOL_NB_RUNS", str(tmp_path / "file"))  # no store, and no folder for logs
-    status, err = command("train", "-s", "epochs=1")
+    status, _, err = command("train", "-s", "epochs=1")
     assert status == 1
     assert one_sentence(err), err
     log = Path(re.search(r"\(traceback: (.*)\)", err)[1])
@@ -153,7 +135,7 @@ def test_every_other_error_is_one_sentence_too(command, monkeypatch, error, says
     exec("def fail(*_, **__):\n    raise error", names := {"error": error})  # as a library would
     monkeypatch.setattr("cfol_nb.data.load", names["fail"])
     monkeypatch.setattr("cfol_nb.config.choose", lambda *_: None)
-    status, err = command("fetch", "a b")
+    status, _, err = command("fetch", "a b")
     assert status == 1
     assert one_sentence(err), err
     assert len(err) < 2300
@@ -164,12 +146,22 @@ def test_a_full_disk_names_the_file(command):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # no file may grow beyond
     try:
-        status, err = command("train", *(w for s in ("epochs=1", "train_limit=24", "test_limit=2") for w in ("-s", s)))
+        status, _, err = command(
+            "train", *(w for s in ("epochs=1", "train_limit=24", "test_limit=2") for w in ("-s", s))
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 1
     assert one_sentence(err), err
     assert re.search(r"could not write \S+\.safetensors: File too large", err)
+
+
+def test_the_log_of_a_run_that_failed_holds_its_own_traceback(command):
+    status, _, err = command("train", "-s", "lr=1e9", "-s", "epochs=3", "-s", "train_limit=24", "-s", "test_limit=2")
+    assert status == 1
+    assert one_sentence(err), err
+    assert re.search("1 of 1 runs failed: digits-at-cfol-s0-.*training diverged", err)
+    assert "in _train" in Path(re.search(r"\(traceback: (.*)\)", err)[1]).read_text()
 
 
 def test_numbers_of_numpy_are_taken_as_pythons():
@@ -270,7 +262,7 @@ def test_any_annotation_of_a_parameter_is_understood(tmp_path, given, value):
 )
 def test_a_file_that_is_no_notebook_is_named(command, tmp_path, text):
     (tmp_path / "bad.ipynb").write_bytes(text.encode("latin-1"))
-    status, err = command("run", tmp_path / "bad.ipynb")
+    status, _, err = command("run", tmp_path / "bad.ipynb")
     assert status == 2
     assert one_sentence(err), err
     assert f"{tmp_path / 'bad.ipynb'} is not a notebook" in err
@@ -279,7 +271,7 @@ def test_a_file_that_is_no_notebook_is_named(command, tmp_path, text):
 def test_a_parameters_cell_that_is_not_python_is_named(command, tmp_path):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("n = (", metadata={"tags": ["parameters"]})])
     nbformat.write(nb, tmp_path / "nb.ipynb")
-    status, err = command("run", tmp_path / "nb.ipynb")
+    status, _, err = command("run", tmp_path / "nb.ipynb")
     assert status == 2
     assert one_sentence(err), err
     assert "the parameters cell of nb.ipynb is not Python" in err

@@ -29,22 +29,6 @@ LOCK = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().s
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run `cfol-nb` with these words: (exit status, standard output, standard error)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["cfol-nb", *words])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        return status, *capsys.readouterr()
-
-    return call
-
-
 def test_list_names_everything(command):
     from cfol_nb.data import SOURCES
     from cfol_nb.methods import METHODS
@@ -127,8 +111,8 @@ def test_publish_judges_each_run_in_its_own_ball(command, tiny, tmp_path):
         (("train", "--dataset", "stl10"), "fetch stl10"),
         (("run", "99"), "unknown notebook"),
         (("train", "-s", "seed=abc"), "seed"),
-        (("train", "-s", "method.reset=0.5"), "reset=0.5: a list"),
-        (("train", "-s", "method.prior=[1, 2]"), "prior of cfol"),
+        (("train", "-s", "method.reset=0.5"), "reset=0.5 of method 'cfol': Sequence[float]"),
+        (("train", "-s", "method.prior=[1, 2]"), "prior=[1, 2] of method"),
         (("train", "-s", "method.gamma=7"), "gamma=7"),
         (("train", "-s", "batch_size=5000"), "batch_size=5000 is larger"),
         (("suite", "digits", "--methods", "erm,cfl"), "did you mean 'cfol'"),

@@ -70,11 +70,12 @@ from cfol_nb.train import Diverging, _listening, check, code_of, make_model, new
 class RunsFailed(RuntimeError):
     """Some runs failed; the message names each with its reason. `runs`: those that did not, which are stored."""
 
-    def __init__(self, reasons: dict[str, str], runs: list[Run]):
+    def __init__(self, reasons: Mapping[str, str | BaseException], runs: list[Run]):
         self.runs = runs
+        self.__cause__ = next((r for r in reasons.values() if isinstance(r, BaseException)), None)  # its traceback
         super().__init__(
             f"{len(reasons)} of {len(reasons) + len(runs)} runs failed{', the others are stored' * bool(runs)}:\n"
-            + "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+            + "\n".join(f"  {name}: {r if isinstance(r, str) else _reason(r)}" for name, r in reasons.items())
         )
 
 
@@ -539,7 +540,7 @@ def compute(
             raise ValueError(
                 f"batch_size={config.batch_size} is larger than the training split of {len(images)} images"
             )
-    reasons: dict[str, str] = {}
+    reasons: dict[str, str | BaseException] = {}
     if parents := {c.key(): c.parent for c in missing.values() if c.parent}:
         try:
             compute(list(parents.values()), executor, checkpoint_every=checkpoint_every)
@@ -571,7 +572,7 @@ def compute(
 
 def _do_all(
     work: Callable, jobs: dict[str, tuple], configs: list[RunConfig], share: Callable[[str], float], executor, progress
-) -> dict[str, str]:
+) -> dict[str, BaseException]:
     """Call `work` with the arguments of every job, in processes where that pays; the reasons of those that failed.
 
     configs: of the jobs. share: how much of a job is done, 1 once its result is stored.
@@ -587,7 +588,7 @@ def _do_all(
             try:
                 work(*args, show)
             except Exception as error:
-                reasons[key] = _reason(error)
+                reasons[key] = error
             progress.update(i + 1 - progress.n)
         return reasons
 
@@ -609,7 +610,7 @@ def _do_all(
                     if isinstance(error, BrokenProcessPool) and own and attempt == 1:
                         todo.append(key)  # a process died, perhaps another job's: once more, from its checkpoint
                     elif error is not None:
-                        reasons[key] = _reason(error)
+                        reasons[key] = error
                 progress.update(sum(map(share, jobs)) - progress.n)
             if not todo:
                 break
