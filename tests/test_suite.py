@@ -6,10 +6,12 @@ import pandas as pd
 import pytest
 import torch
 
-from cfol_nb import autoattack, cli, stats, suite
+from cfol_nb import audit, autoattack, cli, stats, suite
 from cfol_nb.config import RunConfig
+from cfol_nb.data import prepare
+from cfol_nb.evaluate import evaluate
 from cfol_nb.files import code_hash
-from cfol_nb.runs import Run, _work, compute, folder_of, judge, resolve, stored
+from cfol_nb.runs import Run, _work, compute, folder_of, judge, resolve, stored, verdicts
 from cfol_nb.suite import METHODS, PAPER, configurations, estimate
 
 TINY = {"epochs": 2, "train_limit": 24, "test_limit": 6, "steps": 2}
@@ -229,3 +231,62 @@ def test_a_listing_names_what_is_unusual_about_a_run():
     assert table["method"].tolist()[4] == "cfol 9"
     assert table["outcomes"].tolist() == list("012345678")
     assert table.query("seed == 1")["variant"].tolist() == ["eps 0.2"]
+
+
+def test_published_weights_are_the_network_in_half_precision(tmp_path, monkeypatch):
+    """In a clone without a run store `audit` and `judge` go on with them."""
+    (run,) = compute(configurations("digits", ["erm"], 1, **TINY))
+    for module in (suite, audit):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    cli.publish([run.folder.name], tmp_path / "results", weights=True)
+    (path,) = (tmp_path / "results/weights").iterdir()
+    assert path.name == f"{run.folder.name}.safetensors"
+    own, size = run.model("last").state_dict(), sum(v.numel() for v in run.model("last").state_dict().values())
+    assert path.stat().st_size < 2.5 * size + 4000
+    monkeypatch.setenv("CFOL_NB_RUNS", str(tmp_path / "empty"))
+    model = audit.load_model(f"run:{run.folder.name}", None, 10, 1)
+    for k, v in model.state_dict().items():
+        torch.testing.assert_close(v, own[k].half().to(own[k]), rtol=0, atol=0)
+    (twin,) = suite.published(tmp_path / "results")
+    attack = {"eps": 0.15, "step": 0.05, "steps": 5}
+    (judged,) = judge([twin], {"again": attack})
+    test = prepare(run.config)[2].test
+    expected = evaluate(model, test.images, test.labels, {"again": attack}, seed=run.config.seed, checks=0)
+    np.testing.assert_array_equal(judged.predictions["again"], expected.predictions["again"])
+    (again,) = judge([twin], {"again": attack})  # loaded
+    np.testing.assert_array_equal(judged.predictions["again"], again.predictions["again"])
+    with pytest.raises(ValueError, match="unknown published weights of this run 'ema'"):
+        twin.model("ema")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="are not published"):
+        twin.model()
+    monkeypatch.setattr(suite, "MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"at most 1\.5 MB"):
+        suite.publish_weights(run, tmp_path)
+    assert not path.exists()
+
+
+def test_survivors_of_the_fast_version_are_attacked_by_fab_and_square(tmp_path, monkeypatch, capsys):
+    """Stubs in their place, which find nothing; APGD, which has failed on these images, is not run again."""
+    (run,) = compute(configurations("digits", ["erm"], 1, **{**TINY, "eps": 0.02, "attacks": {}}))
+    judge([run], {"autoattack": {"eps": 0.02, "version": "fast"}})
+    outcomes, _ = verdicts(run, "last")["autoattack"]
+    held = np.bincount(outcomes.labels[outcomes.correct("autoattack")], minlength=10)
+    assert held.sum() > 6
+
+    def never(*_):
+        raise AssertionError("APGD ran again")
+
+    monkeypatch.setattr(autoattack, "apgd", never)
+    seen = []
+    monkeypatch.setattr(autoattack, "fab", lambda batch: seen.append(len(batch.y)))
+    monkeypatch.setattr(autoattack, "square", lambda batch: None)
+    cli.publish([run.folder.name], tmp_path, survivors=6)
+    assert "of 6 images that the fast version left, FAB-T broke 0 and then Square 0" in capsys.readouterr().out
+    assert seen == [6] * 9
+    (twin,) = suite.published(tmp_path)
+    kept = twin.provenance["judged"]["last, survivors of autoattack"]
+    assert sum(kept["attacked"]) == 6
+    assert (np.array(kept["attacked"]) <= held).all()
+    with pytest.raises(ValueError, match="not judged by AutoAttack's fast version"):
+        suite.attack_survivors(run, which="selected")

@@ -518,7 +518,7 @@ def _do_all(
 
 
 def _judge(folder: str, which: str, name: str, attack: dict, path: str, report=None) -> None:
-    run = Run.load(Path(folder))
+    run = _load(Path(folder))
     origin, start = provenance(run.config.device), time.perf_counter()
     test, state = prepare(run.config)[2].test, Path(path).with_suffix(".state")
     how = {"class_names": test.class_names, "seed": run.config.seed, "folder": state}
@@ -528,14 +528,25 @@ def _judge(folder: str, which: str, name: str, attack: dict, path: str, report=N
     shutil.rmtree(state, ignore_errors=True)
 
 
+def _load(path: Path) -> Run:
+    """A stored run, or a published one from its JSON."""
+    if path.suffix != ".json":
+        return Run.load(path)
+    from cfol_nb.suite import published
+
+    return published(path.parent, path.stem)[0]
+
+
 def _verdict(run: Run, which: str, name: str) -> Path:
-    return run.folder / f"judged-{which}-{name}.safetensors"
+    folder = run.folder if run.folder.suffix != ".json" else runs_dir() / "published" / run.folder.stem
+    return folder / f"judged-{which}-{name}.safetensors"
 
 
 def verdicts(run: Run, which: str) -> dict[str, tuple[Outcomes, dict]]:
     """What `judge` has stored of these weights: name of the attack -> outcomes, and where they come from."""
     found = {}
-    for path in sorted(run.folder.glob(_verdict(run, which, "*").name)):
+    where = _verdict(run, which, "*")
+    for path in sorted(where.parent.glob(where.name)):
         tensors, meta = read_tensors(path)
         outcomes = Outcomes.from_tensors(tensors, meta)
         found[list(outcomes.attacks)[-1]] = outcomes, {k: v for k, v in meta.items() if k not in outcomes.meta()}
