@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cfol_nb import audit, autoattack, cli, stats, suite
-from cfol_nb.config import RunConfig
+from cfol_nb.config import RunConfig, preset
 from cfol_nb.data import prepare
 from cfol_nb.evaluate import evaluate
 from cfol_nb.files import code_hash
@@ -212,6 +212,7 @@ def test_a_listing_names_what_is_unusual_about_a_run():
         {"parent": {}, "remake": {"name": "matched", "steps": 3}, "objective": "clean"},
         {"model": {"name": "smallcnn", "width": 32}, "norm": "l2", "eps": 0.5},
         {"imbalance": {"factor": 10}},
+        {"training_attack": "n-fgsm", "eps": 0.2, "label_smoothing": 0.1},
     ]
     runs = [Run(RunConfig(**g), Path("x"), [], 0, {"last": str(i)}, {}) for i, g in enumerate(given)]
     table = suite.listing(runs)
@@ -225,11 +226,12 @@ def test_a_listing_names_what_is_unusual_about_a_run():
         f"parent {RunConfig().hash()}, remake matched 3",
         "norm l2, eps 0.5",
         "imbalance 10",
+        "training_attack n-fgsm, eps 0.2, label_smoothing 0.1",
     ]
-    assert table["size"].tolist() == ["", "", "", "", "", "train_limit 30, epochs 9, dtype float32", "", "", ""]
-    assert table["network"].tolist() == ["smallcnn"] * 7 + ["smallcnn 32", "smallcnn"]
+    assert table["size"].tolist() == ["", "", "", "", "", "train_limit 30, epochs 9, dtype float32", "", "", "", ""]
+    assert table["network"].tolist() == ["smallcnn"] * 7 + ["smallcnn 32", "smallcnn", "smallcnn"]
     assert table["method"].tolist()[4] == "cfol 9"
-    assert table["outcomes"].tolist() == list("012345678")
+    assert table["outcomes"].tolist() == list("0123456789")
     assert table.query("seed == 1")["variant"].tolist() == ["eps 0.2"]
 
 
@@ -290,3 +292,49 @@ def test_survivors_of_the_fast_version_are_attacked_by_fab_and_square(tmp_path, 
     assert (np.array(kept["attacked"]) <= held).all()
     with pytest.raises(ValueError, match="not judged by AutoAttack's fast version"):
         suite.attack_survivors(run, which="selected")
+
+
+def test_the_fast_preset_is_a_name_and_settings_win_over_it(monkeypatch):
+    """`train` and `suite` as a user calls them; what would be computed is caught."""
+    from typer.testing import CliRunner
+
+    from cfol_nb import runs
+
+    class Enough(Exception):
+        pass
+
+    asked = []
+
+    def catch(configs, *_, **__):
+        asked.extend(configs)
+        raise Enough
+
+    monkeypatch.setattr(runs, "compute", catch)
+    monkeypatch.setattr(suite, "suite", catch)
+    given = ["--preset", "fast", "-s", "epochs=12", "-s", "model.width=16", "-s", "schedule.cycles=2"]
+    for command in (["train", "--dataset", "cifar10"], ["suite", "cifar10", "--methods", "cfol"]):
+        assert isinstance(CliRunner().invoke(cli.app, [*command, *given]).exception, Enough)
+    model = {"name": "preactresnet18", "width": 16}
+    settings = preset("fast", "cifar10") | {"epochs": 12, "model": model, "schedule": {"name": "cyclic", "cycles": 2}}
+    assert asked == [RunConfig(dataset="cifar10", method="cfol", **settings)] * 2
+    for command, says in (
+        (["train", "--preset", "fast"], "for image data sets"),
+        (["train", "--dataset", "cifar10", "--preset", "slow"], "unknown preset 'slow'"),
+        (["suite", "cifar10", "--preset", "fast", "--paper"], "two recipes"),
+        (["suite", "cifar10", "--preset", "fast", "-s", "steps=7"], "leave out steps"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            CliRunner().invoke(cli.app, command, catch_exceptions=False)
+    assert len(asked) == 2
+
+
+def test_train_prints_every_kind_of_weights(capsys):
+    settings = [f"{k}={v}" for k, v in {**TINY, "ema": 0.9, "steps": 1, "training_attack": "n-fgsm"}.items()]
+    cli.train(dataset="digits", method="erm", objective="at", seeds=1, settings=settings)
+    out = capsys.readouterr().out
+    for which in ("last", "selected", "ema"):
+        assert f"erm at {which}" in out
+    (run,) = [Run.load(f) for f in stored()]
+    entry = run.history[-1]
+    shown = run.curve("trained").loc[2].to_numpy()
+    np.testing.assert_allclose(shown * entry["drawn"], entry["trained"])

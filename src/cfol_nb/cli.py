@@ -395,6 +395,7 @@ def list_() -> None:
     typer.echo(
         f"\nattacks\n  pgd in norm linf or l2 with loss {', '.join(LOSSES)}; "
         "options eps, step, steps, restarts, random_start"
+        "\n  in training: pgd, or n-fgsm (training_attack.k=2.0)"
     )
     typer.echo(f"\nstored runs: {len(stored())}")
     for folder in stored():

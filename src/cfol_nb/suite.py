@@ -217,8 +217,10 @@ def listing(runs: Sequence[Run]) -> pd.DataFrame:
     rows = []
     for run in runs:
         c = run.config
-        usual = RunConfig(dataset=c.dataset, eps=c.eps)  # the attack's step follows from the radius
-        usual = usual.model_copy(update={"eps": RunConfig(dataset=c.dataset).eps})
+        way = {"training_attack": c.training_attack} if c.norm == "linf" else {}
+        usual = RunConfig(dataset=c.dataset, eps=c.eps, **way)  # step and steps follow from radius and attack
+        plain = RunConfig(dataset=c.dataset)
+        usual = usual.model_copy(update={k: getattr(plain, k) for k in ("eps", "training_attack")})
         usual_of = keywords(METHOD_TYPES[c.method["name"]])
         given = {k: said(getattr(c, k)) for k in RunConfig.model_fields if getattr(c, k) != getattr(usual, k)}
         rows.append(
