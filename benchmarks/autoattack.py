@@ -34,9 +34,11 @@ if DEVICE.type == "cuda":  # one round may take ten minutes
 THEIRS = "pyautoattack 0.2.0"
 
 
-def prepare(number: int) -> SimpleNamespace:
-    """The same model and images in every process."""
-    name, spec, dataset, eps, steps, n, rounds, variants = CASES[number]
+def prepare(case: str) -> SimpleNamespace:
+    """The same model and images in every process. case: its number, or "number:images"."""
+    number, _, images = case.partition(":")
+    name, spec, dataset, eps, steps, n, rounds, variants = CASES[int(number)]
+    n = int(images or n)
     data = load(dataset)
     torch.manual_seed(0)
     model = build(name, num_classes=10, channels=data.train.images.shape[1], **spec).to(DEVICE)
@@ -55,7 +57,7 @@ def prepare(number: int) -> SimpleNamespace:
     return SimpleNamespace(data=dataset.rpartition("/")[2], model=model.eval(), eps=eps, x=x, y=y, **more)
 
 
-def serve(number: int) -> None:
+def serve(number: str) -> None:
     """pyautoattack once for every line that comes in; its seconds, and which images it does not break, go out."""
     case = prepare(number)
     x, y = case.x[: case.n], case.y[: case.n]
@@ -124,7 +126,7 @@ def right(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Ten
 
 def main() -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    for number in range(len(CASES)):
+    for number in sys.argv[1:] or map(str, range(len(CASES))):
         try:
             case = prepare(number)
         except FileNotFoundError:
@@ -173,6 +175,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
-        serve(int(sys.argv[2]))
+        serve(sys.argv[2])
     else:
         main()

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -41,4 +42,5 @@ def keep(what: str, seconds: dict[str, list[float]], held: dict[str, torch.Tenso
     if held:
         found["robust"] = {k: v.double().mean().item() for k, v in held.items()}
         found["agrees"] = {k: (v == held[base]).double().mean().item() for k, v in held.items()}
-    write_json(ROOT / f"results/speed/{name}-{DEVICE.type}.json", found)
+    folder = Path(os.environ.get("CFOL_NB_SPEED") or ROOT / "results/speed")
+    write_json(folder / f"{name}-{DEVICE.type}.json", found)

@@ -6,10 +6,12 @@ import pandas as pd
 import pytest
 import torch
 
-from cfol_nb import autoattack, cli, stats, suite
-from cfol_nb.config import RunConfig
+from cfol_nb import audit, autoattack, cli, stats, suite
+from cfol_nb.config import RunConfig, preset
+from cfol_nb.data import prepare
+from cfol_nb.evaluate import evaluate
 from cfol_nb.files import code_hash
-from cfol_nb.runs import Run, _work, compute, folder_of, judge, resolve, stored
+from cfol_nb.runs import Run, _work, compute, folder_of, judge, resolve, stored, verdicts
 from cfol_nb.suite import METHODS, PAPER, configurations, estimate
 
 TINY = {"epochs": 2, "train_limit": 24, "test_limit": 6, "steps": 2}
@@ -210,6 +212,7 @@ def test_a_listing_names_what_is_unusual_about_a_run():
         {"parent": {}, "remake": {"name": "matched", "steps": 3}, "objective": "clean"},
         {"model": {"name": "smallcnn", "width": 32}, "norm": "l2", "eps": 0.5},
         {"imbalance": {"factor": 10}},
+        {"training_attack": "n-fgsm", "eps": 0.2, "label_smoothing": 0.1},
     ]
     runs = [Run(RunConfig(**g), Path("x"), [], 0, {"last": str(i)}, {}) for i, g in enumerate(given)]
     table = suite.listing(runs)
@@ -223,9 +226,115 @@ def test_a_listing_names_what_is_unusual_about_a_run():
         f"parent {RunConfig().hash()}, remake matched 3",
         "norm l2, eps 0.5",
         "imbalance 10",
+        "training_attack n-fgsm, eps 0.2, label_smoothing 0.1",
     ]
-    assert table["size"].tolist() == ["", "", "", "", "", "train_limit 30, epochs 9, dtype float32", "", "", ""]
-    assert table["network"].tolist() == ["smallcnn"] * 7 + ["smallcnn 32", "smallcnn"]
+    assert table["size"].tolist() == ["", "", "", "", "", "train_limit 30, epochs 9, dtype float32", "", "", "", ""]
+    assert table["network"].tolist() == ["smallcnn"] * 7 + ["smallcnn 32", "smallcnn", "smallcnn"]
     assert table["method"].tolist()[4] == "cfol 9"
-    assert table["outcomes"].tolist() == list("012345678")
+    assert table["outcomes"].tolist() == list("0123456789")
     assert table.query("seed == 1")["variant"].tolist() == ["eps 0.2"]
+
+
+def test_published_weights_are_the_network_in_half_precision(tmp_path, monkeypatch):
+    """In a clone without a run store `audit` and `judge` go on with them."""
+    (run,) = compute(configurations("digits", ["erm"], 1, **TINY))
+    for module in (suite, audit):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    cli.publish([run.folder.name], tmp_path / "results", weights=True)
+    (path,) = (tmp_path / "results/weights").iterdir()
+    assert path.name == f"{run.folder.name}.safetensors"
+    own, size = run.model("last").state_dict(), sum(v.numel() for v in run.model("last").state_dict().values())
+    assert path.stat().st_size < 2.5 * size + 4000
+    monkeypatch.setenv("CFOL_NB_RUNS", str(tmp_path / "empty"))
+    model = audit.load_model(f"run:{run.folder.name}", None, 10, 1)
+    for k, v in model.state_dict().items():
+        torch.testing.assert_close(v, own[k].half().to(own[k]), rtol=0, atol=0)
+    (twin,) = suite.published(tmp_path / "results")
+    attack = {"eps": 0.15, "step": 0.05, "steps": 5}
+    (judged,) = judge([twin], {"again": attack})
+    test = prepare(run.config)[2].test
+    expected = evaluate(model, test.images, test.labels, {"again": attack}, seed=run.config.seed, checks=0)
+    np.testing.assert_array_equal(judged.predictions["again"], expected.predictions["again"])
+    (again,) = judge([twin], {"again": attack})  # loaded
+    np.testing.assert_array_equal(judged.predictions["again"], again.predictions["again"])
+    with pytest.raises(ValueError, match="unknown published weights of this run 'ema'"):
+        twin.model("ema")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="are not published"):
+        twin.model()
+    monkeypatch.setattr(suite, "MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"at most 1\.5 MB"):
+        suite.publish_weights(run, tmp_path)
+    assert not path.exists()
+
+
+def test_survivors_of_the_fast_version_are_attacked_by_fab_and_square(tmp_path, monkeypatch, capsys):
+    """Stubs in their place, which find nothing; APGD, which has failed on these images, is not run again."""
+    (run,) = compute(configurations("digits", ["erm"], 1, **{**TINY, "eps": 0.02, "attacks": {}}))
+    judge([run], {"autoattack": {"eps": 0.02, "version": "fast"}})
+    outcomes, _ = verdicts(run, "last")["autoattack"]
+    held = np.bincount(outcomes.labels[outcomes.correct("autoattack")], minlength=10)
+    assert held.sum() > 6
+
+    def never(*_):
+        raise AssertionError("APGD ran again")
+
+    monkeypatch.setattr(autoattack, "apgd", never)
+    seen = []
+    monkeypatch.setattr(autoattack, "fab", lambda batch: seen.append(len(batch.y)))
+    monkeypatch.setattr(autoattack, "square", lambda batch: None)
+    cli.publish([run.folder.name], tmp_path, survivors=6)
+    assert "of 6 images that the fast version left, FAB-T broke 0 and then Square 0" in capsys.readouterr().out
+    assert seen == [6] * 9
+    (twin,) = suite.published(tmp_path)
+    kept = twin.provenance["judged"]["last, survivors of autoattack"]
+    assert sum(kept["attacked"]) == 6
+    assert (np.array(kept["attacked"]) <= held).all()
+    with pytest.raises(ValueError, match="not judged by AutoAttack's fast version"):
+        suite.attack_survivors(run, which="selected")
+
+
+def test_the_fast_preset_is_a_name_and_settings_win_over_it(monkeypatch):
+    """`train` and `suite` as a user calls them; what would be computed is caught."""
+    from typer.testing import CliRunner
+
+    from cfol_nb import runs
+
+    class Enough(Exception):
+        pass
+
+    asked = []
+
+    def catch(configs, *_, **__):
+        asked.extend(configs)
+        raise Enough
+
+    monkeypatch.setattr(runs, "compute", catch)
+    monkeypatch.setattr(suite, "suite", catch)
+    given = ["--preset", "fast", "-s", "epochs=12", "-s", "model.width=16", "-s", "schedule.cycles=2"]
+    for command in (["train", "--dataset", "cifar10"], ["suite", "cifar10", "--methods", "cfol"]):
+        assert isinstance(CliRunner().invoke(cli.app, [*command, *given]).exception, Enough)
+    model = {"name": "preactresnet18", "width": 16}
+    settings = preset("fast", "cifar10") | {"epochs": 12, "model": model, "schedule": {"name": "cyclic", "cycles": 2}}
+    assert asked == [RunConfig(dataset="cifar10", method="cfol", **settings)] * 2
+    for command, says in (
+        (["train", "--preset", "fast"], "for image data sets"),
+        (["train", "--dataset", "cifar10", "--preset", "slow"], "unknown preset 'slow'"),
+        (["suite", "cifar10", "--preset", "fast", "--paper"], "two recipes"),
+        (["suite", "cifar10", "--preset", "fast", "-s", "steps=7"], "leave out steps"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            CliRunner().invoke(cli.app, command, catch_exceptions=False)
+    assert len(asked) == 2
+
+
+def test_train_prints_every_kind_of_weights(capsys):
+    settings = [f"{k}={v}" for k, v in {**TINY, "ema": 0.9, "steps": 1, "training_attack": "n-fgsm"}.items()]
+    cli.train(dataset="digits", method="erm", objective="at", seeds=1, settings=settings)
+    out = capsys.readouterr().out
+    for which in ("last", "selected", "ema"):
+        assert f"erm at {which}" in out
+    (run,) = [Run.load(f) for f in stored()]
+    entry = run.history[-1]
+    shown = run.curve("trained").loc[2].to_numpy()
+    np.testing.assert_allclose(shown * entry["drawn"], entry["trained"])

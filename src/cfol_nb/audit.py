@@ -33,9 +33,10 @@ from cfol_nb.checks import COLUMNS, PASSES, black_box_check, checklist, said, sh
 from cfol_nb.config import Attack, AutoAttack, choose
 from cfol_nb.data import ImageSet
 from cfol_nb.evaluate import Outcomes, evaluate
-from cfol_nb.files import Corrupt, bar, read_tensors, replacing, runs_dir, write_tensors
+from cfol_nb.files import ROOT, Corrupt, bar, read_tensors, replacing, runs_dir, write_tensors
 from cfol_nb.models import Normalize
 from cfol_nb.runs import Run, same_images
+from cfol_nb.suite import published
 
 NORMS = {"linf": "L-inf", "l2": "L2"}
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the radius, in the sweep
@@ -45,9 +46,11 @@ FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the radius, in the sweep
 
 
 def _stored(source: str) -> tuple[Run, str]:
-    """The run of "run:NAME" or "run:NAME:selected", and which of its weights."""
+    """The run of "run:NAME" or "run:NAME:selected", and which of its weights; a published one if none is stored."""
     _, folder, *which = source.split(":")
     known = runs_dir() / "store" / folder
+    if not known.exists() and (ROOT / "results" / f"{folder}.json").is_file():
+        return published(name=folder)[0], ":".join(which) or "last"
     if not (known.exists() or (Path(folder) / "run.json").exists()):
         raise FileNotFoundError(f"there is no stored run {folder!r} (`cfol-nb list` shows them)")
     return Run.load(known if known.exists() else Path(folder)), ":".join(which) or "last"

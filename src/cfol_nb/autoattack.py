@@ -608,6 +608,11 @@ class Evaluation:
         if now.attack == "square":
             self.kept = {}
 
+    def skip(self, *attacks: str) -> None:
+        """Take the first rounds, those of these attacks, as done: they have failed on every image before."""
+        first = next((i for i, r in enumerate(self.rounds) if r.attack not in attacks), len(self.rounds))
+        self.passed.clamp_(min=first)
+
     def predictions(self) -> dict[str, np.ndarray]:
         """attack -> (N,) int64: what the model says after that attack and those before it."""
         return {

@@ -227,6 +227,12 @@ def publish(
         str | None,
         typer.Option(metavar="VERSION", help="Judge the last weights by AutoAttack first: standard or fast."),
     ] = None,
+    survivors: Annotated[
+        int, typer.Option(min=0, help="So many images that AutoAttack did not break are attacked by FAB and Square.")
+    ] = 0,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="The last weights, too, in half precision: at most 1.5 MB.")
+    ] = False,
 ) -> None:
     """Write stored runs to results/, one small JSON each: configuration, provenance, counts and predictions.
 
@@ -260,7 +266,11 @@ def publish(
                     alike.append(run)
             judge(alike, {"autoattack": options})
     for run in runs:
+        if survivors:
+            typer.echo(f"{run.folder.name}: {s.attack_survivors(run, survivors)}")
         typer.echo(s.publish(run, results))
+        if weights:
+            typer.echo(s.publish_weights(run, results))
         for name, (outcomes, _) in verdicts(run, "last").items():
             if text := said(outcomes.checks.get(name)):
                 typer.echo(f"  {name}: {text}")
@@ -525,6 +535,7 @@ def list_() -> None:
     typer.echo(
         f"\nattacks\n  pgd in norm linf or l2 with loss {', '.join(LOSSES)}; "
         "options eps, step, steps, restarts, random_start"
+        "\n  in training: pgd, or n-fgsm (training_attack.k=2.0)"
     )
     typer.echo(f"\nstored runs: {len(stored())}")
     for folder in stored():

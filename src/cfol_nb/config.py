@@ -376,7 +376,7 @@ class RunConfig(_Strict):
             return {"step": 1.0, "attacks": {}, **values}  # refused below, with the field's name
         check_radius(eps, norm)
         attack = _spec(values.get("training_attack"))
-        if (attack.get("name") if isinstance(attack, Mapping) else None) == "n-fgsm":
+        if (attack.get("name") if isinstance(attack, Mapping) else getattr(attack, "name", "")) == "n-fgsm":
             values = {"step": eps or 1.0, "steps": 1, **values}
         values.setdefault("step", eps / 4 or 1.0)
         values.setdefault(

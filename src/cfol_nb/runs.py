@@ -150,6 +150,16 @@ class Run:
         model.load_state_dict(state)
         return model.to("cuda" if self.config.device == "cuda" and torch.cuda.is_available() else "cpu").eval()
 
+    @property
+    def weights_digest(self) -> str:
+        """That of the file of the weights, by which verdicts say that they are on them."""
+        return self.provenance["files"]["weights.safetensors"]
+
+    @property
+    def verdicts(self) -> Path:
+        """The folder of what `judge` finds."""
+        return self.folder
+
     def data(self) -> tuple[ImageSet, ImageSet, DataSet]:
         """`data.prepare` for the run. Raises ValueError if its folder of images is not as it was."""
         return _prepared(self.config, self.provenance.get("data", ""))
@@ -630,7 +640,7 @@ def _do_all(
 
 
 def _judge(folder: str, which: str, name: str, attack: dict, path: str, report=None) -> None:
-    run, path = Run.load(Path(folder)), Path(path)
+    run, path = _load(Path(folder)), Path(path)
     with alone(path.with_name(f".{path.name}.lock"), f"{run.folder.name} under {name}"):
         if _known(run, which, path):
             return
@@ -638,10 +648,19 @@ def _judge(folder: str, which: str, name: str, attack: dict, path: str, report=N
         test, state = run.data()[2].test, path.with_suffix(".state")
         how = {"class_names": test.class_names, "seed": run.config.seed, "folder": state}
         outcomes = evaluate(run.model(which), test.images, test.labels, {name: attack}, **how)
-        asked = {"name": name, "asked": attack, "weights": run.provenance["files"]["weights.safetensors"]}
+        asked = {"name": name, "asked": attack, "weights": run.weights_digest}
         seconds = round(time.perf_counter() - start, 2)
         write_tensors(path, outcomes.tensors(), {**outcomes.meta(), **asked, **origin, "seconds": seconds})
         shutil.rmtree(state, ignore_errors=True)
+
+
+def _load(path: Path) -> Run:
+    """A stored run, or a published one from its JSON."""
+    if path.suffix != ".json":
+        return Run.load(path)
+    from cfol_nb.suite import published
+
+    return published(path.parent, path.stem)[0]
 
 
 def _judging(run: Run) -> str:
@@ -651,7 +670,7 @@ def _judging(run: Run) -> str:
 
 def _verdict(run: Run, which: str, name: str, attack: dict) -> Path:
     key = hashlib.sha256(json.dumps(attack, sort_keys=True).encode()).hexdigest()[:8]
-    return run.folder / f"judged-{which}-{name}-{key}.safetensors"
+    return run.verdicts / f"judged-{which}-{name}-{key}.safetensors"
 
 
 def _known(run: Run, which: str, path: Path) -> bool:
@@ -668,7 +687,7 @@ def _judged(run: Run, which: str, path: Path) -> tuple[Outcomes, dict]:
     try:
         outcomes = Outcomes.from_tensors(tensors, meta)
         right = path.name == _verdict(run, which, meta["name"], meta["asked"]).name
-        right &= meta["weights"] == run.provenance["files"]["weights.safetensors"]
+        right &= meta["weights"] == run.weights_digest
         right &= np.array_equal(outcomes.labels, run.outcomes[which].labels)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Corrupt(f"{path} is no verdict ({type(error).__name__}: {error}); {ANEW}") from error
@@ -680,7 +699,7 @@ def _judged(run: Run, which: str, path: Path) -> tuple[Outcomes, dict]:
 def verdicts(run: Run, which: str) -> dict[str, tuple[Outcomes, dict]]:
     """What `judge` has stored of these weights: name of the attack -> outcomes, and where they come from. Of several
     with the same name but other options it is the one that was begun last."""
-    paths = run.folder.glob(f"judged-{which}-*.safetensors")
+    paths = run.verdicts.glob(f"judged-{which}-*.safetensors")
     found = sorted((_judged(run, which, p) for p in sorted(paths)), key=lambda verdict: verdict[1]["started"])
     return {origin["name"]: (outcomes, origin) for outcomes, origin in found}
 

@@ -13,13 +13,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 from pydantic import BaseModel
+from torch import nn
 
+from cfol_nb.autoattack import Evaluation, interleaved
 from cfol_nb.checks import IMAGES, PASSES, said
-from cfol_nb.config import RunConfig, keywords
+from cfol_nb.config import AutoAttack, RunConfig, choose, keywords
 from cfol_nb.data import prepare
 from cfol_nb.evaluate import Outcomes
 from cfol_nb.features import remake_steps
-from cfol_nb.files import ROOT, Corrupt, data_dir, read_json, read_tensors, runs_dir, write_json
+from cfol_nb.files import ROOT, Corrupt, data_dir, digest, read_json, read_tensors, runs_dir, write_json, write_tensors
 from cfol_nb.methods import METHODS as METHOD_TYPES
 from cfol_nb.runs import (
     Run,
@@ -37,7 +39,7 @@ from cfol_nb.runs import (
     verdicts,
 )
 from cfol_nb.stats import last_attack
-from cfol_nb.train import check, look_steps, step_passes, train
+from cfol_nb.train import check, look_steps, make_model, step_passes, train
 
 PAPER = {"epochs": 200, "schedule": {"name": "step", "milestones": [0.5, 0.75]}}
 METHODS = {
@@ -112,6 +114,8 @@ def publish(run: Run, results: Path) -> Path:
             every.update(outcomes)
         packed[which] = every.packed()
         judged |= {f"{which}, {name}": origin for name, (_, origin) in found.items()}
+        if (more := run.folder / f"survivors-{which}.json").exists():
+            judged |= {f"{which}, survivors of autoattack": read_json(more)}
     last = run.outcomes["last"]
     path = results / f"{run.folder.name}.json"
     seconds = run.provenance["seconds"]["training"]
@@ -132,13 +136,87 @@ def publish(run: Run, results: Path) -> Path:
     return path
 
 
-def published(results: Path | None = None) -> list[Run]:
-    """The published runs, as `compute` gives runs, without weights; results: a folder, by default results/. Raises
-    Corrupt, with its name, for a file that is not as it was published."""
-    return [_published(path) for path in sorted((results or ROOT / "results").glob("*.json"))]
+MOST_BYTES = 1_500_000  # of published weights: a PreActResNet-18 of width 16 has 700,000 in two bytes each
 
 
-def _published(path: Path) -> Run:
+def _weights(path: Path) -> Path:
+    """Where the weights of a published run lie, if they are."""
+    return path.parent / "weights" / path.with_suffix(".safetensors").name
+
+
+def publish_weights(run: Run, results: Path, which: str = "last") -> Path:
+    """`results/weights/NAME.safetensors`: one kind of the run's weights in half precision, as `Published.model` reads
+    them. Raises ValueError for a network of more than 1.5 MB."""
+    state = {k: v.half() if v.is_floating_point() else v for k, v in run.model(which).state_dict().items()}
+    size = sum(v.nbytes for v in state.values())
+    if size > MOST_BYTES:
+        raise ValueError(f"the weights of {run.folder.name} are {size / 1e6:.1f} MB: at most 1.5 MB are published")
+    own = {"build": read_tensors(run.folder / "weights.safetensors")[1]["build"], "run": run.folder.name}
+    write_tensors(path := _weights(results / f"{run.folder.name}.json"), state, {**own, "which": which})
+    return path
+
+
+def attack_survivors(run: Run, n: int = 100, which: str = "last", attack: str = "autoattack") -> str:
+    """FAB-T and Square on n of the images that AutoAttack's fast version did not break, all classes alike: what fell.
+
+    Stored with the run, and published with it: images per class that were attacked, and that each of both broke. Raises
+    ValueError for a run that was not judged by the fast version.
+    """
+    outcomes, origin = verdicts(run, which).get(attack, (None, {}))
+    if origin.get("asked", {}).get("version") != "fast":
+        raise ValueError(f"{run.folder.name} was not judged by AutoAttack's fast version: use --autoattack fast")
+    path = run.folder / f"survivors-{which}.json"
+    if not path.exists() or read_json(path)["asked"] != n:
+        test, held = run.data()[2].test, torch.from_numpy(outcomes.correct(attack))
+        order = interleaved(test.labels, run.config.seed)
+        some = order[held[order]][:n]
+        x, y, k = test.images[some], test.labels[some], len(test.class_names)
+        kinds = {"fab-t": y[:0], "square": y[:0]}
+        if n and len(some):
+            spec = AutoAttack(**origin["asked"] | {"version": "standard"})
+            e = Evaluation(run.model(which), x, y, spec, seed=run.config.seed)
+            e.skip("apgd-ce", "apgd-t")
+            e.run()
+            kinds = {a: y[e.broken_by == 1 + e.attacks.index(a)] for a in kinds}
+        counted = {"attacked": y, **kinds}
+        write_json(path, {"asked": n, **{a: torch.bincount(v, minlength=k).tolist() for a, v in counted.items()}})
+    found = read_json(path)
+    total, fell = sum(found["attacked"]), {a: sum(found[a]) for a in ("fab-t", "square")}
+    return f"of {total} images that the fast version left, FAB-T broke {fell['fab-t']} and then Square {fell['square']}"
+
+
+class Published(Run):
+    """A run as `publish` wrote it; folder: its JSON."""
+
+    def model(self, which: str = "last") -> nn.Module:
+        """The network in eval mode on the CPU. Its weights were rounded to half precision, so single predictions may
+        differ from those of the run. Raises FileNotFoundError if they were not published."""
+        if not (path := _weights(self.folder)).exists():
+            raise FileNotFoundError(f"the weights of {self.folder.stem} are not published: train it, or choose another")
+        tensors, meta = read_tensors(path)
+        if meta["run"] != self.folder.stem:
+            raise Corrupt(f"{path} holds the weights of {meta['run']}; publish them again")
+        choose("published weights of this run", which, [meta["which"]])
+        model = make_model(self.config, **meta["build"])
+        model.load_state_dict(tensors)  # which casts
+        return model.eval()
+
+    @property
+    def weights_digest(self) -> str:
+        return digest(_weights(self.folder))
+
+    @property
+    def verdicts(self) -> Path:
+        return runs_dir() / "published" / self.folder.stem
+
+
+def published(results: Path | None = None, name: str = "*") -> list[Published]:
+    """The published runs, as `compute` gives runs; results: a folder, by default results/; name: of some, * for any.
+    Raises Corrupt, with its name, for a file that is not as it was published."""
+    return [_published(path) for path in sorted((results or ROOT / "results").glob(f"{name}.json"))]
+
+
+def _published(path: Path) -> Published:
     kept = read_json(path)
     try:
         outcomes = {which: Outcomes.unpacked(packed) for which, packed in kept["outcomes"].items()}
@@ -146,7 +224,7 @@ def _published(path: Path) -> Run:
         config, origin = RunConfig(**kept["config"]), kept["provenance"]
         if "data" in origin and (name := name_of(config, origin["data"])) != path.stem:
             raise ValueError(f"its configuration is that of {name}")
-        return Run(config, path, kept["history"], kept["selected_epoch"], outcomes, origin)
+        return Published(config, path, kept["history"], kept["selected_epoch"], outcomes, origin)
     except (KeyError, TypeError, AttributeError, ValueError, zlib.error) as error:
         raise Corrupt(f"{path} is no published run ({type(error).__name__}: {error}); publish it again") from error
 
@@ -201,8 +279,10 @@ def listing(runs: Sequence[Run]) -> pd.DataFrame:
     rows = []
     for run in runs:
         c = run.config
-        usual = RunConfig(dataset=c.dataset, eps=c.eps)  # the attack's step follows from the radius
-        usual = usual.model_copy(update={"eps": RunConfig(dataset=c.dataset).eps})
+        way = {"training_attack": c.training_attack} if c.norm == "linf" else {}
+        usual = RunConfig(dataset=c.dataset, eps=c.eps, **way)  # step and steps follow from radius and attack
+        plain = RunConfig(dataset=c.dataset)
+        usual = usual.model_copy(update={k: getattr(plain, k) for k in ("eps", "training_attack")})
         usual_of = keywords(METHOD_TYPES[c.method["name"]])
         given = {k: said(getattr(c, k)) for k in RunConfig.model_fields if getattr(c, k) != getattr(usual, k)}
         rows.append(
