@@ -359,7 +359,9 @@ def test_readme_shows_what_the_stored_notebooks_print_and_draw():
         texts, pictures = texts | more, pictures | drawn
     assert texts.keys() == set(re.findall(r"<!-- (\w+) -->", README))
     assert all(block in README for block in texts.values())
-    assert pictures.keys() == set(re.findall(r"\]\((docs/\w+\.png)\)", README))
+    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    pages = {f"docs/{name}" for name in re.findall(r"\]\((\w+\.png)\)", pages)}
+    assert pictures.keys() == set(re.findall(r"\]\((docs/\w+\.png)\)", README)) | pages
     assert all((ROOT / name).read_bytes() == picture for name, picture in pictures.items())
 
 

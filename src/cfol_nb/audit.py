@@ -234,9 +234,9 @@ class Audit:
         return self.outcomes.checks["autoattack"]
 
     def table(self) -> pd.DataFrame:
-        """One row per class, weakest first: n, clean, pgd20, autoattack, low, high, chance to be the weakest (or, where
-        AutoAttack did not come to an end, how many images of the class are unfinished; `low` is then what holds if all
-        of them fall)."""
+        """One row per class, weakest first: n, clean, pgd20, autoattack, low, high, chance to be the weakest and
+        whether it may be (or, where AutoAttack did not come to an end, how many images of the class are unfinished;
+        `low` is then what holds if all of them fall)."""
         t = stats.class_table(self.outcomes)
         sure = t["correct"] - self.unfinished
         out = pd.DataFrame({"class": t["class"], "n": t["n"]})
@@ -248,7 +248,7 @@ class Audit:
         if self.unfinished.any():
             out["unfinished"] = self.unfinished
         else:
-            out["weakest"] = stats.chance_weakest(self.outcomes).to_numpy()
+            out[["weakest", "may_be_weakest"]] = t[["weakest", "may_be_weakest"]]
         return out.sort_values("autoattack", kind="stable").reset_index(drop=True)
 
     def stated(self) -> pd.DataFrame:
