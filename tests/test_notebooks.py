@@ -41,6 +41,8 @@ def test_the_stored_run_is_whole_and_the_notebook_thin(path):
             assert "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
             text = json.dumps({k: v for k, v in o.get("data", {}).items() if k != "image/png"}) + o.get("text", "")
             assert not re.search(r"(?<![\w.])/(root|home|tmp|work|usr|opt)/", text), text
+        drawn = any("image/png" in o.get("data", {}) for o in c.outputs)
+        assert drawn or not re.search(r"^fig = plots\.", c.source, re.M), c.source
     assert sum(bool(c.outputs) for c in cells) >= 5  # something is compared
 
 

@@ -1,5 +1,6 @@
 """Every figure, with names of all kinds, with classes that have no images, and without a trace in the settings."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -107,6 +108,16 @@ def test_importing_leaves_the_settings_alone():
         "assert dict(mpl.rcParams) == before and mpl.colors.to_rgb('b') == colours"
     )
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
+
+
+def test_a_notebook_shows_every_figure():
+    """The inline backend sets itself up with the first figure, which must outlast it."""
+    code = (
+        "import matplotlib as mpl, pandas as pd; from cfol_nb import plots;"
+        "plots.curves(pd.DataFrame({'a': [0.1, 0.2], 'b': [0.3, 0.4]}, [1, 2])); assert mpl.is_interactive()"
+    )
+    inline = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=inline)
 
 
 def test_a_name_takes_the_font_that_has_it():

@@ -87,9 +87,14 @@ def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     def drawn(*args, **kwargs) -> Figure:
         installed = set(font_manager.get_font_names())
         fonts = [name for name in STYLE["font.sans-serif"] if name in installed] or ["DejaVu Sans"]
-        with mpl.rc_context(STYLE | {"font.family": fonts}):  # by name: "sans-serif" means what holds when it is drawn
+        own = STYLE | {"font.family": fonts}  # by name: "sans-serif" means what holds when it is drawn
+        before = {name: mpl.rcParams[name] for name in own}
+        try:  # not rc_context, which also takes back what a notebook's backend sets with its first figure
+            mpl.rcParams.update(own)
             figure = draw(*args, **kwargs)
             _as_they_are(figure)
+        finally:
+            mpl.rcParams.update(before)
         return figure
 
     return drawn
