@@ -292,12 +292,13 @@ def trade(groups: Mapping[str, Outcomes | Sequence[Outcomes]], *attacks: str, re
 
 
 def _with_images(outcomes: Outcomes) -> Outcomes:
-    """The same without the classes that have none; a prediction of such a class is -1, wrong as before."""
+    """The same without the classes that have none; predictions of these become other wrong ones."""
     there = np.bincount(outcomes.labels, minlength=len(outcomes.class_names)) > 0
     number = np.where(there, there.cumsum() - 1, -1)
-    predictions = {k: number[v] for k, v in outcomes.predictions.items()}
-    names = tuple(name for name, has in zip(outcomes.class_names, there, strict=True) if has)
-    return Outcomes(number[outcomes.labels], predictions, names)
+    labels, names = number[outcomes.labels], [n for n, has in zip(outcomes.class_names, there, strict=True) if has]
+    other = (labels + 1) % len(names)
+    predictions = {k: np.where(there[v], number[v], other) for k, v in outcomes.predictions.items()}
+    return Outcomes(labels, predictions, tuple(names))
 
 
 def _trade(
