@@ -574,8 +574,8 @@ def coverage(held: pd.DataFrame, width: pd.DataFrame) -> Figure:
             left.plot(held[f"{kind}{name}"], rows, "x" if kind == "bootstrap " else "o", **shown)
         right.plot(width[f"{kind}worst"], rows, "x" if kind == "bootstrap " else "o", color=colour, ms=5)
     left.axvline(95, color="0.4", ls="--", lw=1)
-    left.set(xlabel="held, per cent: mean, tail, worst, gap, deviation, std", yticks=rows, yticklabels=held.index)
-    right.set(xlabel="width of the worst class's, points", xlim=(0, None))
+    left.set(xlabel="held, per cent (all statistics)", yticks=rows, yticklabels=held.index)
+    right.set(xlabel="width, points (worst class)", xlim=(0, None))
     left.invert_yaxis()
     fig.legend(loc="outside upper center", ncols=3, frameon=False)
     return fig
