@@ -273,17 +273,17 @@ def intervals(
 
     def arm(ends: list, value: np.ndarray) -> float:
         """How far the upper end of the mean over runs lies beyond its value; ends: of each run."""
-        centre, noise, least = np.zeros(s), np.zeros((s, r, k)), np.zeros((s, r, k))
-        for i, (weights, each, q, _) in enumerate(ends):
+        centre, noise, more = np.zeros(s), np.zeros((s, r, k)), np.zeros((2, s))
+        for i, (weights, each, q, alone) in enumerate(ends):
             centre[i] = (weights * parts[i].accuracy).sum()
-            each = each[: 1 + paired] - each[1 + paired :]  # an error is no right answer
-            noise[i, pairs[i]], least[i, pairs[i]] = q * each, min(q, z) * each
-        var, alone = (np.einsum("irk, krs, jsk -> ij", x, seen.alike[:, :r, :r], x) for x in (noise, least))
-        out = np.sqrt(max(var.mean(), 0) + np.mean([np.sqrt(each[3]) for each in ends]) ** 2)
-        out += centre.mean() - value.mean()
+            # beyond one normal's quantile it makes up for what is alike in all runs, and does not average out
+            more[:, i] = max(q - z, 0) * np.sqrt(parts[i].variance(each[None])[0]), np.sqrt(alone)
+            noise[i, pairs[i]] = min(q, z) * (each[: 1 + paired] - each[1 + paired :])  # an error is no right answer
+        var = np.einsum("irk, krs, jsk -> ij", noise, seen.alike[:, :r, :r], noise)
+        out = centre.mean() - value.mean() + more[0].mean() + np.sqrt(max(var.mean(), 0) + more[1].mean() ** 2)
         if any_run:
             student = (stdtrit(s - 1, 1 - seen.alpha) * value.std(ddof=1)) ** 2 / s
-            once = (alone.trace() / s - (alone.sum() - alone.trace()) / (s * (s - 1))) / s
+            once = (var.trace() / s - (var.sum() - var.trace()) / (s * (s - 1))) / s
             out = np.sqrt(student + max(out**2 - max(once, 0), 0))
         return out
 
