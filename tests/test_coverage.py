@@ -58,13 +58,13 @@ def test_a_plain_bootstrap_does_not_hold_where_classes_are_equal_so_the_simulati
 
 
 def test_at_the_size_of_cifar10_the_intervals_say_something():
-    """Widths in points: a class of 1000 images has 5.1 alone."""
+    """A class of 1000 images has 5.1 points alone. The limits are a tenth above what is stored for this case."""
     accuracy, n, how = CASES["like CIFAR-10, 10 of 1000"]
     _, width = coverage(accuracy, n, **how, simulations=8)
-    assert 0.048 < width["worst"] < 0.062
+    assert 0.048 < width["worst"] < 0.058
     assert width["tail"] < 0.048
     assert width["paired worst"] < 0.06
-    assert width["paired tail"] < 0.046
+    assert width["paired tail"] < 0.055
 
 
 def test_the_interval_of_a_class_holds_with_its_level():
