@@ -11,6 +11,9 @@ from cfol_nb import cli
 from cfol_nb.config import RunConfig
 from cfol_nb.data import load
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; what tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(autouse=True)
 def own_store(tmp_path, monkeypatch):

@@ -291,23 +291,45 @@ def processes(session: int) -> list[str]:
     return [state for state in out.split() if not state.startswith("Z")]
 
 
+def listens(process: int) -> bool:
+    """Whether it has a handler for SIGTERM."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+    return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+TRAIN = "train --seeds 4 -s epochs=200 -s device=cpu"
+AUDIT = "audit --model torchvision:resnet18 --data digits --image-size 64"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code", "members"), [("SIGINT", 130, 1), ("SIGINT", 130, 3), ("SIGTERM", 143, 5)])
-def test_a_stop_while_processes_start_is_one_sentence(number, code, members):
-    """members: how many processes there are when the signal comes: the first alone, the server of workers, a worker."""
-    words = ["-m", "cfol_nb", "train", "--seeds", "4", "-s", "epochs=200", "-s", "device=cpu"]
+@pytest.mark.parametrize(
+    ("words", "number", "code", "members", "later"),
+    [
+        (TRAIN, "SIGINT", 130, 1, 0.3),
+        (TRAIN, "SIGINT", 130, 3, 0.3),
+        (TRAIN, "SIGTERM", 143, 5, 0.3),
+        (AUDIT, "SIGINT", 130, 3, 0),
+        (AUDIT, "SIGTERM", 143, 3, 0),
+    ],
+)
+def test_a_stop_while_processes_start_is_one_sentence(words, number, code, members, later):
+    """members: how many processes there are when the signal comes: the first alone, the server of workers (or the child
+    of an audit), a worker."""
+    words = ["-m", "cfol_nb", *words.split()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen([sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
-    until = time.monotonic() + 90
-    while len(processes(process.pid)) < members and process.poll() is None and time.monotonic() < until:
+    until = time.monotonic() + 180
+    while process.poll() is None and time.monotonic() < until:
+        if len(processes(process.pid)) >= members and listens(process.pid):
+            break
         time.sleep(0.05)
-    time.sleep(0.3)
+    time.sleep(later)
     os.killpg(process.pid, getattr(signal, number))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == code
     assert err.strip().count("\n") == 0
     assert f"stopped by {number}" in err
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while processes(process.pid) and time.monotonic() < until:
         time.sleep(0.1)
     assert not processes(process.pid)

@@ -270,8 +270,12 @@ def test_ctrl_c_does_not_break_workers_that_are_still_importing():
     with _pool([RunConfig(dataset="digits", seed=s) for s in range(2)]) as pool:
         os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)
         print(pool.submit(len, "abc").result(), signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+        print(pool.submit(signal.getsignal, signal.SIGINT).result().name)
+        print(signal.pthread_sigmask(0, []), pool.submit(signal.pthread_sigmask, 0, []).result())
     """
-    assert script(body).communicate(timeout=120) == ("3 True\n", "")
+    assert script(body).communicate(timeout=120) == ("3 True\nSIG_DFL\nset() set()\n", "")
+    background = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + textwrap.dedent(body)
+    assert script(background).communicate(timeout=120) == ("3 False\nSIG_IGN\nset() set()\n", "")
 
 
 def test_as_many_runs_go_side_by_side_as_the_threads_of_torch_leave_cores(monkeypatch):

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,7 @@ from cfol_nb.__main__ import main
 from cfol_nb.config import MAX_SIDE
 
 SEEDS, MINUTES = 10_000, 1e6  # at most
+_STOPS = {signal.SIGINT, signal.SIGTERM}
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -325,7 +327,8 @@ def _child(pipe: Connection, target, args: tuple) -> None:
         pipe.send_bytes(json.dumps(words).encode())
 
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # of the parent alone, which may ignore its own
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
         target(say, *args)
         say("done")
     except BaseException as error:
@@ -347,11 +350,12 @@ def _watched(target, *args, until: float) -> None:
     context, doing, start = multiprocessing.get_context("spawn"), "starting", time.monotonic()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, target, args))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone
+    resource_tracker.ensure_running()  # or `start` does this, which unblocks both
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # they are for this process alone, once there is a child
     process.start()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     sender.close()
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while True:
             # its end is asked for, since processes that it forked keep the pipe open
             while not receiver.poll(min(max(until - time.monotonic(), 0), 0.5)) and process.is_alive():

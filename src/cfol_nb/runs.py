@@ -29,7 +29,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -432,9 +432,10 @@ def _replace(folder: Path, new: Path) -> None:
     shutil.rmtree(new)
 
 
-def _start_worker(devices, threads: int, environment: dict[str, str]) -> None:
+def _start_worker(devices, threads: int, environment: dict[str, str], interrupt: signal.Handlers) -> None:
     """In a local process: one device of its own, and an end when its parent has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked in the server
     for told in (Diverging, Skipped):  # the caller of `compute` hears of it
         warnings.simplefilter("ignore", told)
     warnings.simplefilter("ignore", LargeStep)  # which is of no harm in itself
@@ -485,12 +486,12 @@ def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
         return None
     context = multiprocessing.get_context("forkserver")  # workers begin with the libraries, not with this package,
     context.set_forkserver_preload(["torch", "torchvision", "pydantic", "pandas", "scipy.stats"])  # which may change
-    if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits it: Ctrl-C would break its imports
-        try:
-            forkserver.ensure_running()
-        finally:
-            signal.signal(signal.SIGINT, before)
+    resource_tracker.ensure_running()  # or the server does this, which unblocks the signal
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the server inherits it: Ctrl-C would break its
+    try:  # imports; here it is only late
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     with _main_not_imported():
         first = context.Process(target=int)
         try:
@@ -503,7 +504,9 @@ def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
     devices = context.Queue() if cuda else None
     for i in range(workers if cuda else 0):
         devices.put(i)
-    return ProcessPoolExecutor(workers, context, _start_worker, (devices, each, dict(os.environ)))
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background
+    interrupt = signal.SIG_IGN if ignored else signal.SIG_DFL
+    return ProcessPoolExecutor(workers, context, _start_worker, (devices, each, dict(os.environ), interrupt))
 
 
 def _made(folder: Path) -> int:
