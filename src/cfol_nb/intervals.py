@@ -87,7 +87,8 @@ def _risen(x: np.ndarray, w: np.ndarray, m: int) -> np.ndarray:
 
 
 def _room(y: np.ndarray, rise: np.ndarray, v: np.ndarray, m: int, a: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """(J,) how far the next set of classes, with one exchanged, is from having to move, too, in standard deviations.
+    """(J,) how far the next set of classes, with one exchanged, is from having to move, too, in standard deviations, by
+    which Cox and Shi (2023) refine their test.
 
     y, rise, a: (J, K) accuracies that are not refused, how they move, weights 0 or 1 / m; variance: (J,).
     """
@@ -106,7 +107,8 @@ def as_high(terms: list, var: np.ndarray, alpha: float) -> tuple[list[np.ndarray
 
     terms: (p, v, m, cov): accuracies and their variances (K,), of how many classes the mean is, covariances (B, K) with
     the linear part. For each `pull` the accuracies p + pull * (v * a + cov) are the nearest ones whose least means have
-    such a sum. Their squared distance is the test's statistic; the furthest that is not refused is the end.
+    such a sum. Their squared distance is the statistic of Cox and Shi's (2023) test; the furthest that is not refused
+    is the end.
     """
     z, b = ndtri(1 - alpha), np.arange(len(var))
     refused = chdtri(sum(len(p) for p, *_ in terms), alpha)  # at this distance, whatever the degrees of freedom
@@ -144,8 +146,8 @@ def end(seen: Seen, plus: list, minus: list) -> tuple[np.ndarray, np.ndarray, fl
     weights (2R, K), their noise (2R, K), how many of its standard deviations the end lies beyond the weighted
     accuracies, and what of the arm's square correlates with nothing: 0.
 
-    Of the classes that may be a least mean in `minus` those that leave the end highest are looked for, by what each
-    would do to it, and by exchanging one.
+    Of the classes that may be a least mean in `minus` (intersection-union, Berger 1982) those that leave the end
+    highest are looked for, by what each would do to it, and by exchanging one.
     """
     k, z = seen.accuracy.shape[1], ndtri(1 - seen.alpha)
     open_ = [(i, m) for i, m in plus if m < k]
@@ -208,8 +210,9 @@ def spread(seen: Seen, run: int, sign: int) -> tuple[np.ndarray, np.ndarray, flo
 
     It is the length of the centred accuracies, over sqrt(K). As high as t: in any direction, so that the largest
     in the ellipsoid of one normal's radius is the end (intersection-union). As low as t: the distance from the ball of
-    such accuracies. It touches, from within, a ball of its least radius of curvature at every point; the distance from
-    that has a noncentral chi-squared distribution, exact where all classes have the same noise.
+    such accuracies. At every point of its surface it contains a ball of its least radius of curvature (Blaschke's
+    rolling theorem); the distance from that has a noncentral chi-squared distribution, exact where all classes have the
+    same noise.
     """
     p, k = seen.accuracy[run], seen.accuracy.shape[1]
     weights, noise = np.zeros((2, *seen.accuracy.shape))
