@@ -17,11 +17,11 @@ from test_autoattack import Gamma, of_test, trained  # noqa: F401
 from test_data import write_folder
 from torch import nn
 
-from cfol_nb import audit as module
 from cfol_nb import autoattack as aa
-from cfol_nb import stats
+from cfol_nb import plots, stats
 from cfol_nb.attacks import pgd
 from cfol_nb.audit import audit, load_model, load_weights, unseen
+from cfol_nb.audit import core as module
 from cfol_nb.autoattack import autoattack
 from cfol_nb.checks import checklist, rarer
 from cfol_nb.checks import said as sentence
@@ -549,11 +549,11 @@ def test_a_radius_of_any_kind_images_that_want_gradients_and_modules_that_keep_m
 
 def test_a_thousand_classes_make_a_picture_of_ordinary_size():
     names = [f"class {i}" for i in range(1000)]
-    fig = module.plots.confusion(np.ones((1000, 1000), int), names)
+    fig = plots.confusion(np.ones((1000, 1000), int), names)
     assert max(fig.get_size_inches()) < 30
-    ten = module.plots.confusion(np.ones((10, 10), int), names[:10])
+    ten = plots.confusion(np.ones((10, 10), int), names[:10])
     assert [t.get_text() for t in ten.axes[0].get_xticklabels()] == names[:10]
-    module.plots.plt.close("all")
+    plots.plt.close("all")
 
 
 @pytest.fixture

@@ -245,7 +245,7 @@ def test_a_listing_names_what_is_unusual_about_a_run():
 def test_published_weights_are_the_network_in_half_precision(tmp_path, monkeypatch):
     """In a clone without a run store `audit` and `judge` go on with them."""
     (run,) = compute(configurations("digits", ["erm"], 1, **TINY))
-    for module in (suite, audit):
+    for module in (suite, audit.foreign):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     cli.publish([run.folder.name], tmp_path / "results", weights=True)
     (path,) = (tmp_path / "results/weights").iterdir()

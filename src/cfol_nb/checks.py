@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,11 +14,8 @@ from torch import Tensor, nn
 
 from cfol_nb.attacks import LOSSES, answers, as_float, evaluating, margin, pgd, repeating, weight_of
 from cfol_nb.models import build, initialised_from
+from cfol_nb.outcomes import COLUMNS, Outcomes
 
-if TYPE_CHECKING:
-    from cfol_nb.evaluate import Outcomes
-
-COLUMNS = ["check", "verdict", "seen"]
 IMAGES, PASSES = 100, 350  # in the checklist of an evaluation; of each, and a moment more
 
 

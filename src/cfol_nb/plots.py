@@ -24,7 +24,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import entropy
 
-from cfol_nb.evaluate import Outcomes
+from cfol_nb.outcomes import Outcomes
 from cfol_nb.stats import _listed, accuracies, class_table, last_attack, summary, wilson
 
 CLEAN, ROBUST = "#b8c4d0", "#c0392b"

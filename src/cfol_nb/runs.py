@@ -40,7 +40,7 @@ from torch import nn
 from cfol_nb.attacks import one_thread, repeating
 from cfol_nb.config import RunConfig, as_attack, choose
 from cfol_nb.data import DataSet, ImageSet, Skipped, fingerprint, prepare
-from cfol_nb.evaluate import Outcomes, evaluate
+from cfol_nb.evaluate import evaluate
 from cfol_nb.features import REMAKES, remake_steps
 from cfol_nb.files import (
     ANEW,
@@ -63,6 +63,7 @@ from cfol_nb.files import (
 from cfol_nb.methods import METHODS
 from cfol_nb.models import MODELS
 from cfol_nb.objectives import OBJECTIVES
+from cfol_nb.outcomes import Outcomes
 from cfol_nb.samplers import LargeStep
 from cfol_nb.train import Diverging, _listening, check, code_of, make_model, new_model, step_passes, train
 

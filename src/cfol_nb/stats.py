@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from cfol_nb.evaluate import Outcomes
 from cfol_nb.intervals import intervals
 from cfol_nb.intervals import weakest as weakest_of
+from cfol_nb.outcomes import Outcomes
 
 
 def last_attack(outcomes: Outcomes) -> str:

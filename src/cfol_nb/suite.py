@@ -19,10 +19,10 @@ from cfol_nb.autoattack import Evaluation, interleaved
 from cfol_nb.checks import IMAGES, PASSES, said
 from cfol_nb.config import AutoAttack, RunConfig, choose, keywords
 from cfol_nb.data import prepare
-from cfol_nb.evaluate import Outcomes
 from cfol_nb.features import remake_steps
 from cfol_nb.files import ROOT, Corrupt, data_dir, digest, read_json, read_tensors, runs_dir, write_json, write_tensors
 from cfol_nb.methods import METHODS as METHOD_TYPES
+from cfol_nb.outcomes import Outcomes
 from cfol_nb.runs import (
     Run,
     RunsFailed,

@@ -24,12 +24,13 @@ from cfol_nb.attacks import repeating
 from cfol_nb.config import RunConfig, options
 from cfol_nb.data import ImageSet
 from cfol_nb.engine import choose_engine, make_step
-from cfol_nb.evaluate import Outcomes, evaluate
+from cfol_nb.evaluate import evaluate
 from cfol_nb.features import REMAKES
 from cfol_nb.files import Corrupt, Unsigned, code_hash, read_tensors, write_tensors
 from cfol_nb.methods import METHODS, Method
 from cfol_nb.models import MODELS, build, initialised_from, sharing
 from cfol_nb.objectives import OBJECTIVES, TemporalEnsemble
+from cfol_nb.outcomes import Outcomes
 
 
 @contextlib.contextmanager
