@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfol_nb import engine
 from cfol_nb.attacks import pgd
-from cfol_nb.config import RunConfig, options
+from cfol_nb.config import RunConfig
 from cfol_nb.data import limit, split
 from cfol_nb.engine import Frozen, choose_engine, make_step
 from cfol_nb.evaluate import as_float, evaluate
-from cfol_nb.methods import METHODS
+from cfol_nb.methods import METHODS, build_method
 from cfol_nb.models import build
 from cfol_nb.objectives import OBJECTIVES, TemporalEnsemble
 from cfol_nb.stats import accuracies
@@ -61,8 +61,7 @@ def parts(config, images, device="cpu"):
     torch.manual_seed(0)
     model = build(num_classes=10, channels=1, **config.model).to(device)
     model = model.double() if config.dtype == "float64" else model
-    make = METHODS[config.method["name"]]
-    method = make(images.labels, 10, examples=1000, **options("method", config.method, METHODS)).to(device)
+    method = build_method(config.method, images.labels, 10, examples=1000).to(device)
     objective = OBJECTIVES[config.objective["name"]]()
     optimizer, generator = torch.optim.SGD(model.parameters(), 0.01, 0.9), torch.Generator(device).manual_seed(0)
     how = choose_engine(config, torch.device(device))
@@ -85,10 +84,10 @@ def test_no_step_waits_for_the_device(images, method, objective, ensembling):
         with Watch() as watch:
             index = method.draw(32)
             y = images[0].labels[index]
-            _, logits = step(images[0].images[index], y, *([] if ensembling is None else [index]))
-            method.after_step(index, y, logits)
+            _, told = step(images[0].images[index], y, *([] if ensembling is None else [index]))
+            method.after_step(told)
         assert not watch.waits
-        seen.add((index.shape, logits.shape))
+        seen.add((index.shape, told.logits.shape))
     assert seen == {((32,), (32, 10))}
 
 
@@ -111,8 +110,8 @@ def test_no_step_with_n_fgsm_waits_for_the_device_either(images, method, objecti
     step, method, _ = parts(RunConfig(method=method, objective=objective, training_attack="n-fgsm"), images[0])
     with Watch() as watch:
         index = method.draw(32)
-        _, logits = step(images[0].images[index], images[0].labels[index])
-        method.after_step(index, images[0].labels[index], logits)
+        _, told = step(images[0].images[index], images[0].labels[index])
+        method.after_step(told)
     assert not watch.waits
 
 
@@ -136,7 +135,7 @@ def test_n_fgsm_in_a_step_scales_noise_and_step_with_a_methods_radius(images, mo
 
 def keep(seen, x_adv, logits):
     seen.append(x_adv)
-    return logits.sum(1), logits
+    return logits.sum(1), logits, None
 
 
 @pytest.mark.parametrize(
@@ -292,8 +291,8 @@ def test_no_step_waits_for_a_real_device(images, method):
         torch.cuda.set_sync_debug_mode(mode)
         try:
             index = method.draw(32)
-            _, logits = step(pixels[index], labels[index])
-            method.after_step(index, labels[index], logits)
+            _, told = step(pixels[index], labels[index])
+            method.after_step(told)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cfol_nb.features import penultimate
-from cfol_nb.methods import METHODS
+from cfol_nb.methods import METHODS, Batch
 from cfol_nb.methods.longtail import FLOOR, SMOOTH
 from cfol_nb.models import last_linear
 from cfol_nb.runs import compute
@@ -28,7 +28,9 @@ def make(name, labels=LABELS, seed=0, examples=1000, **options):
 
 def loss_of(method, z=Z, y=Y):
     """What is minimised, as AT does it."""
-    return method.reduce(F.cross_entropy(method.adjust(z, y), y, reduction="none"), y, z).item()
+    batch = Batch(None, y, z)
+    losses, weight = F.cross_entropy(method.adjust(z, y), y, reduction="none"), method.weigh(batch)
+    return method.reduce(losses if weight is None else losses * weight, batch).item()
 
 
 def by_hand(of_class, z=Z, y=Y):
@@ -128,7 +130,7 @@ def test_deferred_weights_begin_when_their_share_of_the_run_is_over():
     method = make("class-balanced", counts="images", beta=0.99, start=0.8)
     for _ in range(8):
         assert loss_of(method) == pytest.approx(CE.mean().item())
-        method.after_step(None, torch.zeros(100, dtype=torch.int64), None)
+        method.after_step(Batch(None, torch.zeros(100, dtype=torch.int64)))
     assert loss_of(method) == pytest.approx(by_hand(class_balanced))
 
 
@@ -153,11 +155,11 @@ def test_fair_weights_can_go_by_what_the_epochs_own_steps_met():
     for _ in range(2):
         y = torch.tensor([0, 0, 1, 1, 2, 3])
         said = torch.tensor([0, 0, 1, 0, 1, 3])
-        method.after_step(None, y, F.one_hot(said, 4).double())
+        method.after_step(Batch(None, y, F.one_hot(said, 4).double()))
     held = torch.tensor([0.0, 0, 1, 1])
     method.after_epoch(1, {"robust": held, "clean": held})
     np.testing.assert_allclose(method.weights, [0.95, 1.05, 1.05, 0.95])  # accuracies 1, 1/2, 0, 1 of 2/3 overall
-    method.after_step(None, torch.tensor([0, 1]), F.one_hot(torch.tensor([1, 1]), 4).double())
+    method.after_step(Batch(None, torch.tensor([0, 1]), F.one_hot(torch.tensor([1, 1]), 4).double()))
     method.after_epoch(2, {"robust": held, "clean": held})
     assert method.weights[0] == pytest.approx(1.0)  # what was met in epoch 1 is forgotten
 
@@ -169,7 +171,7 @@ def test_trades_keeps_its_regulariser_on_the_logits_as_they_are(linear):
     model, method = linear(6, 4), make("balanced-softmax", counts="images")
     x = torch.rand(5, 1, 2, 3, dtype=torch.float64)
     x_adv, y = (x + 0.1).clamp(0, 1), torch.arange(5) % 4
-    losses, judged = TRADES(beta=3.0)(model, x, x_adv, y, method.adjust)
+    losses, judged, _ = TRADES(beta=3.0)(model, x, x_adv, y, method.adjust)
     prior = torch.from_numpy(np.log(COUNTS / 150))
     want = F.cross_entropy(model(x) + prior, y, reduction="none") + 3 * kl(model(x), model(x_adv))
     torch.testing.assert_close(losses, want)

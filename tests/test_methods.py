@@ -5,13 +5,17 @@ from scipy.optimize import linprog
 from scipy.special import softmax
 
 from cfol_nb.config import RunConfig
-from cfol_nb.methods import METHODS
+from cfol_nb.methods import METHODS, Batch
 from cfol_nb.methods.cfol import CFOL, FOL
 from cfol_nb.methods.cvar import CVaR, LCVaR
 from cfol_nb.objectives import OBJECTIVES, TRADES, TemporalEnsemble
 from cfol_nb.train import check, train
 
 LABELS = torch.arange(40) % 4
+
+
+def batch(y, logits=None, index=None):
+    return Batch(index, y, logits)
 
 
 def programme(losses, bound):
@@ -25,7 +29,7 @@ def programme(losses, bound):
 @pytest.mark.parametrize("seed", range(3))
 def test_cvar_is_the_linear_programme(alpha, seed):
     losses = torch.from_numpy(np.random.default_rng(seed).exponential(size=17))
-    ours = CVaR(LABELS, 4, alpha=alpha).reduce(losses, torch.zeros(17, dtype=torch.int64), None)
+    ours = CVaR(LABELS, 4, alpha=alpha).reduce(losses, batch(torch.zeros(17, dtype=torch.int64)))
     assert ours.item() == pytest.approx(programme(losses, np.full(17, 1 / (alpha * 17))), rel=1e-9)
 
 
@@ -37,27 +41,27 @@ def test_lcvar_is_the_linear_programme_over_classes(alpha, seed):
     y[y == 1] = 0  # class 1 is not in the batch
     present = np.unique(y)
     means, share = [losses[y == c].mean() for c in present], [(y == c).mean() for c in present]
-    ours = LCVaR(LABELS, 5, alpha=alpha).reduce(torch.from_numpy(losses), torch.from_numpy(y), None)
+    ours = LCVaR(LABELS, 5, alpha=alpha).reduce(torch.from_numpy(losses), batch(torch.from_numpy(y)))
     assert ours.item() == pytest.approx(programme(means, np.array(share) / alpha), rel=1e-9)
 
 
 def test_lcvar_weighs_classes_differently_and_is_not_a_multiple_of_the_mean():
     losses = torch.tensor([1.0, 1.0, 2.0, 2.0, 5.0, 7.0], requires_grad=True)
     y = torch.tensor([0, 0, 1, 1, 2, 2])
-    LCVaR(LABELS, 3, alpha=1 / 3).reduce(losses, y, None).backward()
+    LCVaR(LABELS, 3, alpha=1 / 3).reduce(losses, batch(y)).backward()
     torch.testing.assert_close(losses.grad, torch.tensor([0, 0, 0, 0, 0.5, 0.5]))
 
 
 def test_cvar_and_lcvar_of_everything_are_the_mean():
     losses, y = torch.rand(20, dtype=torch.float64), torch.arange(20) % 4
     for method in (CVaR, LCVaR):
-        torch.testing.assert_close(method(LABELS, 4, alpha=1.0).reduce(losses, y, None), losses.mean())
+        torch.testing.assert_close(method(LABELS, 4, alpha=1.0).reduce(losses, batch(y)), losses.mean())
 
 
 def test_permuting_labels_leaves_the_class_wise_loss_unchanged():
     losses, y, order = torch.rand(20, dtype=torch.float64), torch.arange(20) % 4, torch.tensor([2, 3, 1, 0])
     lcvar = LCVaR(LABELS, 4, alpha=0.3)
-    torch.testing.assert_close(lcvar.reduce(losses, y, None), lcvar.reduce(losses, order[y], None))
+    torch.testing.assert_close(lcvar.reduce(losses, batch(y)), lcvar.reduce(losses, batch(order[y])))
 
 
 def logits_of(y, wrong):
@@ -73,20 +77,20 @@ def test_cfol_draws_the_class_that_is_wrong_and_reweighting_weighs_it():
         for _ in range(30):
             index = method.draw(20)
             y = LABELS[index]
-            method.after_step(index, y, logits_of(y, y == 2))
+            method.after_step(batch(y, logits_of(y, y == 2)))
     assert sampled.classes.p.argmax() == weighed.classes.p.argmax() == 2
     share = (LABELS[sampled.draw(4000)] == 2).double().mean()
     assert abs(share - sampled.classes.p[2]) < 4 * (0.25 / 4000) ** 0.5
     # the expectation of the reweighted loss over a uniform class is that of the plain loss over a class from p
     class_loss = torch.tensor([0.3, 0.1, 2.0, 0.5], dtype=torch.float64)
-    got = weighed.reduce(class_loss, torch.arange(4), None)
+    got = (class_loss * weighed.weigh(batch(torch.arange(4)))).mean()
     torch.testing.assert_close(got, (weighed.classes.p * class_loss).sum())
 
 
 def test_reweighted_cfol_divides_by_the_uniform_distribution():
     method = CFOL(LABELS, 4, eta=0.1, form="reweight")
     y = torch.tensor([0, 0, 2, 3])
-    method.after_step(torch.zeros(4, dtype=torch.int64), y, logits_of(y, torch.tensor([True, True, True, False])))
+    method.after_step(batch(y, logits_of(y, torch.tensor([True, True, True, False]))))
     torch.testing.assert_close(method.classes.w, torch.tensor([0.8, 0, 0.4, 0], dtype=torch.float64))
 
 
@@ -96,11 +100,11 @@ def test_both_forms_of_cfol_agree_in_the_mean_on_imbalanced_classes():
         method = CFOL(labels, 2, eta=0.01, form=form)
         for _ in range(20):
             index = method.draw(100)
-            method.after_step(index, labels[index], torch.eye(2)[1 - labels[index]])  # every prediction is wrong
+            method.after_step(batch(labels[index], torch.eye(2)[1 - labels[index]]))  # every prediction is wrong
         torch.testing.assert_close(method.classes.w, torch.full((2,), 20.0).double(), rtol=0.2, atol=0)
     y, losses = torch.tensor([0] * 90 + [1] * 10), torch.rand(100, dtype=torch.float64)
     want = sum(method.classes.p[c] * losses[y == c].mean() for c in (0, 1))
-    torch.testing.assert_close(method.reduce(losses, y, None), want)
+    torch.testing.assert_close((losses * method.weigh(batch(y))).mean(), want)
 
 
 @pytest.mark.parametrize("form", ["sample", "reweight"])
@@ -109,7 +113,7 @@ def test_cfol_forgets_at_the_stated_parts_of_the_run(form):
     start, away = method.classes.w.clone(), []
     for _ in range(10):  # of 20 examples: the batches that reach 50 and 100 examples are the third and the fifth
         index = method.draw(20)
-        method.after_step(index, LABELS[index], logits_of(LABELS[index], LABELS[index] == 1))
+        method.after_step(batch(LABELS[index], logits_of(LABELS[index], LABELS[index] == 1)))
         away.append(bool((method.classes.w != start).any()))
     assert [i for i, moved in enumerate(away) if not moved] == [2, 4]
 
@@ -119,7 +123,7 @@ def test_cfol_complains_when_p_collapses():
     assert method.complaint([]) == ""
     for _ in range(5):
         index = method.draw(20)
-        method.after_step(index, LABELS[index], logits_of(LABELS[index], LABELS[index] == 3))
+        method.after_step(batch(LABELS[index], logits_of(LABELS[index], LABELS[index] == 3)))
     assert method.classes.q.max() > 0.99
     assert "collapsed" in method.complaint([])
     rare = torch.tensor([0] * 995 + [1] * 5)
@@ -146,7 +150,7 @@ def test_fol_draws_the_example_that_is_wrong():
     method = FOL(LABELS, 4, eta=0.02)
     for _ in range(40):
         index = method.draw(20)
-        method.after_step(index, LABELS[index], logits_of(LABELS[index], index == 7))
+        method.after_step(batch(LABELS[index], logits_of(LABELS[index], index == 7), index))
     assert method.sampler.p.argmax() == 7
     assert method.trace()["p"].argmax() == LABELS[7]
     assert method.trace()["p"].sum().item() == pytest.approx(1)
@@ -159,7 +163,7 @@ def test_trades_is_its_formula():
         torch.rand(8, 5).double(),
         torch.arange(8) % 3,
     )
-    losses, logits = TRADES(beta=2.5)(model, x, x_adv, y)
+    losses, logits, clean = TRADES(beta=2.5)(model, x, x_adv, y)
     p, q = torch.softmax(model(x), 1), torch.softmax(model(x_adv), 1)
     want = -p[torch.arange(8), y].log() + 2.5 * (p * (p / q).log()).sum(1)
     torch.testing.assert_close(losses, want)
@@ -202,9 +206,9 @@ def test_frl_is_its_formula():
     p, q = (v.softmax(1) for v in (x, x_adv))
     ce, kl = -p[torch.arange(6), y].log().numpy(), (p * (p / q).log()).sum(1).numpy()
     w0, w1 = ((1 / 4 + v - v.mean())[y] for v in (l0, l1))
-    losses, logits = TRADES(beta=1.5)(torch.nn.Identity(), x, x_adv, y, boundary=method.boundary(y))
+    losses, logits, clean = TRADES(beta=1.5)(torch.nn.Identity(), x, x_adv, y, boundary=method.boundary(y))
     want = (w0 * ce).sum() / w0.sum() + 1.5 * (w1 * kl).sum() / w1.sum()
-    assert method.reduce(losses, y, logits).item() == pytest.approx(want)
+    assert method.reduce(losses, batch(y)).item() == pytest.approx(want)
     np.testing.assert_allclose(method.radius(y), np.minimum(np.exp(2 * margin), 2.5)[y])
     assert method.radius(y).max() > 1.05
     assert METHODS["frl"](LABELS, 4).radius(y) is None
@@ -213,7 +217,7 @@ def test_frl_is_its_formula():
 def test_frl_at_the_start_is_trades_and_needs_it():
     y = LABELS[:8]
     losses = torch.rand(8, dtype=torch.float64)
-    assert METHODS["frl"](LABELS, 4).reduce(losses, y, None).item() == pytest.approx(losses.mean().item())
+    assert METHODS["frl"](LABELS, 4).reduce(losses, batch(y)).item() == pytest.approx(losses.mean().item())
     assert METHODS["frl"](LABELS, 4).boundary(y).tolist() == pytest.approx([1.0] * 8)
     check(RunConfig(method="frl", objective="trades"))
     with pytest.raises(ValueError, match="'frl' needs the objective 'trades'"):

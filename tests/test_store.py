@@ -359,7 +359,7 @@ def aside(x):
 class Own(CFOL):
     '''A method.'''
 
-    def reduce(self, losses, y, logits):
+    def reduce(self, losses, batch):
         # a comment
         return helper(losses).mean() * LIST[0]
 """

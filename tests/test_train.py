@@ -135,11 +135,11 @@ def test_hooks_of_a_method_reach_the_loop(tiny, images):
         def radius(self, y):
             return (y % 2).double()  # even classes are trained on clean images
 
-        def after_step(self, index, y, logits):
+        def after_step(self, batch):
             seen["steps"] += 1
-            assert torch.equal(images[0].labels[index], y)
-            assert logits.shape == (64, 10)
-            assert not logits.requires_grad
+            assert torch.equal(images[0].labels[batch.index], batch.y)
+            assert batch.logits.shape == (64, 10)
+            assert not batch.logits.requires_grad
 
         def after_epoch(self, epoch, report):
             seen["epochs"].append(epoch)
@@ -399,8 +399,8 @@ def test_what_a_single_step_met_is_the_accuracy_on_its_own_images(tiny, images, 
     """Against the logits that the method hears of, step by step."""
     seen = []
 
-    def listen(self, index, y, logits):
-        seen.append((y, logits.argmax(1) == y))
+    def listen(self, batch):
+        seen.append((batch.y, batch.logits.argmax(1) == batch.y))
 
     monkeypatch.setattr(Method, "after_step", listen)
     entry = train(tiny(epochs=1, training_attack="n-fgsm", steps=1), *images).history[0]

@@ -268,6 +268,9 @@ def pgd(
     targeted: bool = False,
     retire: bool = False,
     check: bool = True,
+    reference: Tensor | None = None,
+    aim: Tensor | None = None,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Adversarial images by projected gradient ascent on the loss.
 
@@ -282,6 +285,9 @@ def pgd(
     highest loss.
     retire: an image that is misclassified on the way keeps that point and costs nothing more; a stronger attack than
     without, which returns the last point, also where it is classified correctly again. For one restart, without best.
+    reference: (n, K) logits that "kl" starts from instead of the clean prediction, a teacher's. aim: (n,) int64: where
+    it is a class, not -1, the image descends the cross-entropy with it instead. watch: called before every move with
+    the iterate (n, C, H, W) and its logits (n, K), both detached.
     check: False skips what looks at values, for which the host must wait for the device, or converts: images and labels
     then are tensors of the model's type and device. A model in less than float32 is for that path.
     Returns (n, C, H, W), detached, inside the ball and inside [0, 1].
@@ -290,7 +296,7 @@ def pgd(
     choose("norm", norm, ("linf", "l2"))
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps={steps}, restarts={restarts}: at least 1 of each is needed")
-    if retire and (best or targeted or restarts > 1 or loss == "kl"):
+    if retire and (best or targeted or restarts > 1 or loss == "kl" or aim is not None or watch):
         raise ValueError("retire goes with one restart of an untargeted attack on the labels, without best")
     if check and len(x):
         x = check_images(admit(model, x))
@@ -309,6 +315,13 @@ def pgd(
 
         def loss_of(z, t):
             return named(z, t, clean)
+
+    if aim is not None:
+        plain = loss_of
+
+        def loss_of(z, t):
+            towards = -F.cross_entropy(z, aim.clamp_min(0), reduction="none")
+            return torch.where(aim >= 0, towards, plain(z, t).to(towards))
 
     x, sign = x.detach(), -1 if targeted else 1
     eps, step = _like(eps, x), _like(step, x)
@@ -336,12 +349,14 @@ def pgd(
     with evaluating(model), torch.enable_grad():
         if loss == "kl":
             with torch.no_grad():
-                clean = model(x)
+                clean = model(x) if reference is None else reference
         for _ in range(restarts):
             a, top = start(), None
             for _ in range(steps):
                 a = a.detach().requires_grad_()
                 z = first_pass(model, a, None if callable(loss) or loss == "kl" else y) if check else model(a)
+                if watch:
+                    watch(a.detach(), z.detach())
                 value, check = sign * loss_of(z, y), False
                 grad = bounded(gradient(value, a), norm)
                 if retire:
@@ -399,6 +414,9 @@ def n_fgsm(
     generator: torch.Generator | None = None,
     *,
     check: bool = True,
+    reference: Tensor | None = None,
+    aim: Tensor | None = None,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """A step of size eps from a noisy image x + U(-k eps, k eps), for training (N-FGSM, de Jorge et al. 2022).
 
@@ -409,12 +427,12 @@ def n_fgsm(
     x, eps = x.detach(), _like(eps, x)
     if loss == "kl":
         with evaluating(model), torch.no_grad():
-            clean = model(x)
+            clean = model(x) if reference is None else reference
         loss = lambda z, _: kl(clean, z)  # noqa: E731
     noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) * 2 - 1
     noisy = (x + k * eps * noise).clamp(0, 1)
     eps = eps.flatten() if torch.is_tensor(eps) and eps.ndim else eps
-    return pgd(model, noisy, y, eps, eps, 1, loss=loss, random_start=False, check=check)
+    return pgd(model, noisy, y, eps, eps, 1, loss=loss, random_start=False, check=check, aim=aim, watch=watch)
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps=8 / 255, **kwargs) -> Tensor:

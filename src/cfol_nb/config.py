@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -74,6 +75,16 @@ def options(kind: str, spec: Mapping[str, Any], table: Mapping[str, Callable], g
     return rest
 
 
+@contextlib.contextmanager
+def of_its_kind(what: str, spec: Mapping[str, Any]) -> Iterator[None]:
+    """ValueError, with the name, for options of a wrong type."""
+    try:
+        yield
+    except (TypeError, AttributeError, RuntimeError) as error:
+        given = ", ".join(f"{k}={v!r}" for k, v in spec.items() if k != "name")
+        raise ValueError(f"{what} {spec['name']!r} does not take {given}: {error}") from error
+
+
 def of_type(kind: Any, value: Any) -> Any:
     """`value`, if it is of this type, strictly: 1 is a float, 1.0 is no int, True is neither, and nan is no number.
 
@@ -114,6 +125,45 @@ def _plain(value: dict) -> dict:
     return value
 
 
+def method_parts(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The methods that are composed in one spec: {"name": "a+b", "a.x": 1} is [{"name": "a", "x": 1}, {"name": "b"}]."""
+    names = spec["name"].split("+")
+    if len(names) == 1:
+        return [dict(spec)]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise ValueError(f"the method {twice[0]!r} is there twice")
+    parts = {name: {"name": name} for name in names}
+    for key, value in spec.items():
+        name, _, option = key.partition(".")
+        if key != "name" and (name not in parts or not option):
+            raise ValueError(f"{key}={value!r} is of no method: say of which, as in {names[0]}.{option or key}")
+        if key != "name":
+            parts[name][option] = value
+    return list(parts.values())
+
+
+def _methods(value: Any) -> Any:
+    """One or several methods: "a+b", {"name": "a+b", "a.x": 1} or [{"name": "a", "x": 1}, "b"] are the same, whatever
+    their order, and "erm" adds nothing."""
+    if isinstance(value, list | tuple):
+        parts = [_spec(part) for part in value]
+        if not parts or not all(isinstance(part, Mapping) for part in parts):
+            return value
+        parts = [p for part in parts for p in method_parts(part)]
+    elif isinstance(value := _spec(value), Mapping) and "+" in value["name"]:
+        parts = method_parts(value)
+    else:
+        return value
+    parts = [p for p in parts if p != {"name": "erm"}] or parts[:1]
+    if len(parts) == 1:
+        return parts[0]
+    parts = sorted(parts, key=lambda part: part["name"])
+    name = "+".join(part["name"] for part in parts)
+    spec = {"name": name, **{f"{p['name']}.{k}": v for p in parts for k, v in p.items() if k != "name"}}
+    method_parts(spec)  # refuses what is there twice
+    return spec
+
+
 def as_json(value: Any, where: str = "") -> Any:
     """The same in Python's own types, as JSON gives them: NumPy's numbers, tuples, and numbers as names of options."""
     if isinstance(value, Mapping):
@@ -128,6 +178,7 @@ def as_json(value: Any, where: str = "") -> Any:
 
 _AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Spec = Annotated[dict[str, Any], BeforeValidator(_spec), AfterValidator(_plain)]
+Methods = Annotated[dict[str, Any], BeforeValidator(_methods), AfterValidator(_plain)]
 
 
 class _Strict(BaseModel):
@@ -318,10 +369,13 @@ class RunConfig(_Strict):
     # what is trained
     model: Spec
     objective: Spec = Field(default_factory=lambda: {"name": "at"})
-    method: Spec = Field(default_factory=lambda: {"name": "erm"})
+    method: Methods = Field(
+        default_factory=lambda: {"name": "erm"}, description="one, or several: cfol+dafa, with options as cfol.drift"
+    )
     ensembling: Ensembling | None = Field(None, description="temporal ensembling beside the objective; {} for usual")
     # what it starts from
     parent: RunConfig | None = Field(None, description="a run whose last weights this one starts from, or uses")
+    teacher: RunConfig | None = Field(None, description="a run, of any network, whose last weights teach this one")
     remake: Spec | None = Field(
         None, description="replace the training images by ones with the parent's features: see cfol_nb.features"
     )
@@ -332,6 +386,9 @@ class RunConfig(_Strict):
     step: float = Field(gt=0, description="attack step; default eps / 4, n-fgsm's is eps")
     steps: int = Field(7, ge=1, description="n-fgsm has 1")
     # optimisation
+    awp: float | None = Field(
+        None, gt=0, le=1, description="adversarial weight perturbation: its size, as a part of each layer's weights"
+    )
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     lr: float = Field(gt=0)
@@ -401,15 +458,20 @@ class RunConfig(_Strict):
             raise ValueError("the attack name 'clean' is taken: clean images are always evaluated")
         if self.remake is not None and self.parent is None:
             raise ValueError("remake needs a parent: the run whose features the images shall have")
-        for field in ("dataset", "without", "image_size", "split_seed", "holdout", "train_limit"):
-            if self.parent and getattr(self.parent, field) != getattr(self, field):
-                raise ValueError(
-                    f"the parent has another {field}: it would have other classes, or have learnt from images that are "
-                    "held out here"
-                )
+        for role, run in self.sources().items():
+            for field in ("dataset", "without", "image_size", "split_seed", "holdout", "train_limit"):
+                if getattr(run, field) != getattr(self, field):
+                    raise ValueError(
+                        f"the {role} has another {field}: it would have other classes, or have learnt from images that "
+                        "are held out here"
+                    )
         if self.parent and self.remake is None and self.parent.model != self.model:
             raise ValueError(f"the parent is a {self.parent.model}, this run a {self.model}: its weights do not fit")
         return self
+
+    def sources(self) -> dict[str, RunConfig]:
+        """The runs that this one needs: "parent" and "teacher", those that there are."""
+        return {k: run for k in ("parent", "teacher") if (run := getattr(self, k))}
 
     def key(self) -> str:
         """Canonical text of the values that are not defaults: a new field with a default changes no key."""

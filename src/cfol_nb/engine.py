@@ -6,6 +6,7 @@ The attack runs on a frozen copy of the network where that is faster: no gradien
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from cfol_nb.attacks import as_float, evaluating, n_fgsm, pgd
 from cfol_nb.config import RunConfig
 from cfol_nb.data import augment
+from cfol_nb.methods import Batch
 from cfol_nb.objectives import TemporalEnsemble
 
-StepFunction = Callable[..., tuple[Tensor, Tensor]]
+StepFunction = Callable[..., tuple[Tensor, Batch]]
 
 
 def choose_engine(config: RunConfig, device: torch.device) -> str:
@@ -61,7 +63,7 @@ class Graphed:
         self.function, self.generator, self.left = function, generator, warm_up
         self.stream, self.graph = torch.cuda.Stream(), None
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Batch]:
         if self.left:
             self.left -= 1
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -91,11 +93,11 @@ def make_step(
     crop: int,
     flip: bool,
     ensemble: TemporalEnsemble | None = None,
+    teacher: nn.Module | None = None,
 ) -> StepFunction:
-    """The step: (pixels (n, C, H, W) uint8, y (n,)) -> (mean loss, logits (n, K)), and the weights have moved.
+    """The step: (pixels (n, C, H, W) uint8, y (n,), index (n,)) -> (mean loss, `Batch`), and the weights have moved.
 
-    Crop and flip, attack, forward, backward, optimiser; drawing and telling the method are the caller's. With an
-    ensemble a step takes the indices (n,) of its images, too.
+    Crop and flip, attack, forward, backward, optimiser; drawing and telling the method are the caller's.
     """
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
@@ -107,12 +109,25 @@ def make_step(
         torch.compiler.reset()  # what earlier runs compiled counts towards a limit, beyond which nothing is
         attacked, trained = (torch.compile(net, dynamic=False) for net in (frozen.model, model))
 
-    def attack(x: Tensor, y: Tensor) -> Tensor:
+    asks = method.asks | objective.asks
+
+    def attack(x: Tensor, known: Batch, taught: Tensor | None, right: list[Tensor], watch=None) -> Tensor:
+        """right: gets one (n,) for each iterate."""
         if objective.attack_loss is None:
             return x
-        factor = method.radius(y)
+
+        def look(a: Tensor, z: Tensor) -> None:
+            right.append(z.argmax(1) == y)
+            if watch:
+                watch(a, z)
+
+        right.clear()
+        y, factor, loss = known.y, method.radius(known.y), objective.attack_loss
         eps, step = (config.eps, config.step) if factor is None else (config.eps * factor, config.step * factor)
-        loss, options = objective.attack_loss, {"generator": generator, "check": False}
+        options = {"generator": generator, "check": False, "aim": method.aim(known, generator)}
+        options |= {"watch": look} if watch or "right" in asks else {}
+        if loss == "teacher":
+            loss, options["reference"] = "kl", taught
         if config.training_attack.name == "n-fgsm":
             return n_fgsm(attacked, x, y, eps, config.training_attack.k, loss, **options)
         return pgd(attacked, x, y, eps, step, config.steps, config.norm, loss, **options)
@@ -123,27 +138,55 @@ def make_step(
     def adjust(logits: Tensor, y: Tensor) -> Tensor:
         return method.adjust(wide(logits), y)
 
-    def step(pixels: Tensor, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(pixels: Tensor, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Batch]:
         x = as_float(augment(pixels, crop, flip, generator), dtype, device)
+        known, taught, right = Batch(index, y), (None, None), []
         with low_precision:
             if frozen is not None:
                 frozen.refresh()
-            x_adv = attack(x, y)
-            if ensemble is not None:
-                with torch.no_grad(), evaluating(attacked):
-                    clean = attacked(x)
-            losses, logits = objective(trained, x, x_adv, y, adjust, method.boundary(y), config.label_smoothing)
+            with torch.no_grad():
+                if ensemble is not None or "clean" in asks:
+                    with evaluating(attacked):
+                        known = known._replace(clean=wide(attacked(x)))
+                if teacher is not None:
+                    known = known._replace(teacher=wide(teacher(x)))
+                    taught = method.soften(known.teacher, y)
+            x_adv = objective.images(functools.partial(attack, x, known, taught[0], right), x, y)
+            given = trained, x, x_adv, y, adjust, method.boundary(y), config.label_smoothing
+            given += (taught,) if objective.needs_teacher else ()
+            old = None if config.awp is None else perturb(lambda: objective(*given)[0].mean())
+            losses, logits, clean = objective(*given)
         if ensemble is not None:
-            losses = losses + ensemble(index, wide(clean), wide(logits))
-        loss = method.reduce(losses, y, logits)
+            losses = losses + ensemble(index, known.clean, wide(logits))
+        batch = known._replace(logits=wide(logits), right=torch.stack(right, 1) if right else None)
+        batch = batch if clean is None else batch._replace(clean=wide(clean))
+        weight = method.weigh(batch)
+        loss = method.reduce(losses if weight is None else losses * weight.to(losses), batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if old is not None:
+            with torch.no_grad():
+                torch._foreach_copy_(list(old), list(old.values()))
         optimizer.step()
-        return losses.detach().mean(), logits.detach()
+        detached = Batch(*(v.detach() if torch.is_tensor(v) else v for v in batch))
+        return losses.detach().mean(), detached
+
+    def perturb(loss: Callable[[], Tensor]) -> dict[Tensor, Tensor]:
+        """Adversarial weight perturbation (Wu et al. 2020): the weights of each layer go up the objective's mean loss by
+        `awp` times their length, biases and normalisation stay. Returns parameters and what they were."""
+        weights, statistics = [p for p in model.parameters() if p.requires_grad and p.ndim > 1], [*model.buffers()]
+        before = [b.clone() for b in statistics]
+        gradients = torch.autograd.grad(loss(), weights)
+        with torch.no_grad():
+            torch._foreach_copy_(statistics, before)
+            old = {w: w.clone() for w in weights}
+            for w, g in zip(weights, gradients, strict=True):
+                w.add_(config.awp * w.norm() * g / g.norm().clamp_min(torch.finfo(g.dtype).tiny))
+        return old
 
     if engine == "eager":
         return step
-    eager = make_step(config, "eager", model, objective, method, optimizer, generator, crop, flip, ensemble)
+    eager = make_step(config, "eager", model, objective, method, optimizer, generator, crop, flip, ensemble, teacher)
     return _or_eager(Graphed(step, generator) if engine == "graph" else step, eager, generator)
 
 
@@ -151,7 +194,7 @@ def _or_eager(fast: StepFunction, eager: StepFunction, generator: torch.Generato
     """`fast`, or `eager` from the first call that a compiler or a capture refuses, with a warning that says why."""
     use = fast
 
-    def step(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def step(*inputs: Tensor) -> tuple[Tensor, Batch]:
         nonlocal use
         if use is eager:
             return eager(*inputs)

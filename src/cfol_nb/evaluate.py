@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfol_nb.attacks import admit, answers, as_float, as_labels, evaluating, pgd, predict, repeating, weight_of
+from cfol_nb.attacks import admit, answers, as_float, as_labels, evaluating, kl, pgd, predict, repeating, weight_of
 from cfol_nb.autoattack import Evaluation, interleaved
 from cfol_nb.checks import IMAGES, black_box_check, checklist
 from cfol_nb.config import Attack, AutoAttack, as_attack
@@ -83,3 +84,25 @@ def evaluate(
     if attacks and checks:
         out.checks[name] = pd.concat([found, black_box_check(out, name)], ignore_index=True)
     return out
+
+
+def class_losses(
+    model: nn.Module, images: Tensor, labels: Tensor, num_classes: int, attack: Mapping, seed: int = 0
+) -> dict[str, Tensor]:
+    """Class means (K,), in float64, of losses: "ce" of the clean and "robust ce" of the adversarial images, and "kl",
+    from the clean prediction to the adversarial one. attack: options of `pgd`; other arguments as of `evaluate`."""
+    tensor, parts = weight_of(model), []
+    generator = torch.Generator(tensor.device).manual_seed(seed)
+    with evaluating(model), repeating():
+        for i in range(0, len(labels), 500):
+            x = as_float(images[i : i + 500], tensor.dtype, tensor.device)
+            y = labels[i : i + 500].to(tensor.device)
+            x_adv = pgd(model, x, y, generator=generator, check=False, **attack)
+            with torch.no_grad():
+                clean, robust = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (model(x), model(x_adv)))
+                ce = [F.cross_entropy(z, y, reduction="none") for z in (clean, robust)]
+                parts.append(torch.stack([*ce, kl(clean, robust)]).double())
+    sums = torch.zeros(3, num_classes, dtype=torch.float64, device=tensor.device)
+    sums.index_add_(1, labels.to(tensor.device), torch.cat(parts, 1))
+    means = sums / torch.bincount(labels, minlength=num_classes).clamp_min(1).to(sums)
+    return dict(zip(("ce", "robust ce", "kl"), means, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,36 +16,51 @@ def as_is(logits: Tensor, y: Tensor) -> Tensor:
     return logits
 
 
-class Clean:
-    """Cross-entropy on clean images; no attack."""
+class Objective:
+    """What the objectives share. A subclass with `needs_teacher` is called with one more argument, teacher: two logits
+    (n, K) of the clean images, those for the adversarial image and those for the clean one.
+
+    attack_loss: see `attacks.LOSSES`; "teacher": "kl" from the first of the teacher's logits; None: no attack.
+    asks: what else it wants of the batch, as of a method.
+    """
 
     attack_loss: str | None = None
+    needs_teacher = False
+    asks: frozenset[str] = frozenset()
+
+    def images(self, attack: Callable[..., Tensor], x: Tensor, y: Tensor):
+        """What is called x_adv below. attack(watch=None) -> (n, C, H, W) runs the training attack; watch: see `pgd`."""
+        return attack()
+
+
+class Clean(Objective):
+    """Cross-entropy on clean images; no attack."""
 
     def __call__(
         self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None, smoothing=0.0
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x, x_adv: (n, C, H, W) in [0, 1]. adjust: what a method does to the logits (n, K) of the cross-entropy.
         boundary: (n,) factors on the second term, where there is one. smoothing: of the labels of the cross-entropy.
 
-        Returns losses (n,) and the logits (n, K), as they are, that judge the example.
+        Returns losses (n,), the logits (n, K), as they are, that judge the example, and those of x, if there are any.
         """
         logits = model(x)
-        return F.cross_entropy(adjust(logits, y), y, reduction="none", label_smoothing=smoothing), logits
+        return F.cross_entropy(adjust(logits, y), y, reduction="none", label_smoothing=smoothing), logits, logits
 
 
-class AT:
+class AT(Objective):
     """Cross-entropy on adversarial images (Madry et al. 2018)."""
 
     attack_loss = "ce"
 
     def __call__(
         self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None, smoothing=0.0
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         logits = model(x_adv)
-        return F.cross_entropy(adjust(logits, y), y, reduction="none", label_smoothing=smoothing), logits
+        return F.cross_entropy(adjust(logits, y), y, reduction="none", label_smoothing=smoothing), logits, None
 
 
-class TRADES:
+class TRADES(Objective):
     """CE(clean) + beta KL(clean || adversarial), summed over classes; the attack is on the KL (Zhang et al. 2019)."""
 
     attack_loss = "kl"
@@ -56,12 +72,12 @@ class TRADES:
 
     def __call__(
         self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None, smoothing=0.0
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         clean, logits = model(x), model(x_adv)
         between = kl(clean, logits)
         between = between if boundary is None else between * boundary.to(between)
         fit = F.cross_entropy(adjust(clean, y), y, reduction="none", label_smoothing=smoothing)
-        return fit + self.beta * between, logits
+        return fit + self.beta * between, logits, clean
 
 
 OBJECTIVES = {"clean": Clean, "at": AT, "trades": TRADES}

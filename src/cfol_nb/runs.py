@@ -38,7 +38,7 @@ import torch
 from torch import nn
 
 from cfol_nb.attacks import one_thread, repeating
-from cfol_nb.config import RunConfig, as_attack, choose
+from cfol_nb.config import RunConfig, as_attack, choose, method_parts
 from cfol_nb.data import DataSet, ImageSet, Skipped, fingerprint, prepare
 from cfol_nb.evaluate import evaluate
 from cfol_nb.features import REMAKES, remake_steps
@@ -95,7 +95,7 @@ def agree(stored: Mapping, outcomes: Mapping[str, Outcomes]) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. outcomes: on the test split, for the "last" and "selected" weights (and "ema")."""
+    """A finished run. outcomes: on the test split, for the "last" and "selected" weights (and "ema", "averaged")."""
 
     config: RunConfig
     folder: Path
@@ -140,7 +140,7 @@ class Run:
             ) from error
 
     def model(self, which: str = "selected") -> nn.Module:
-        """The trained network in eval mode, on the run's device if it is here; which: "last", "selected" or "ema"."""
+        """The trained network in eval mode, on the run's device if it is here; which: see `Trained`."""
         path = self.folder / "weights.safetensors"
         tensors, meta = read_tensors(path)
         if digest(path) != self.provenance["files"][path.name]:
@@ -178,8 +178,8 @@ class Run:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The configuration, and that of its parent, with the device decided."""
-    update: dict = {"parent": resolve(config.parent)} if config.parent else {}
+    """The configuration, and those of its parent and teacher, with the device decided."""
+    update: dict = {k: resolve(run) for k, run in config.sources().items()}
     if config.device == "auto":
         update["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return config.model_copy(update=update)
@@ -187,7 +187,7 @@ def resolve(config: RunConfig) -> RunConfig:
 
 def name_of(config: RunConfig, data: str) -> str:
     """The name of a run whose device is decided; data: the state of its folder of images, from `data.fingerprint`."""
-    state = data + (name_of(config.parent, data) if config.parent else "")
+    state = data + "".join(name_of(run, data) for run in config.sources().values())
     key = hashlib.sha256((config.key() + state).encode()).hexdigest()[:16]
     images = Path(config.dataset.removeprefix("imagefolder:")).name
     words = (images, config.objective["name"], config.method["name"], f"s{config.seed}", key)
@@ -335,7 +335,8 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
         raise ValueError(f"the images of {config.dataset} changed after the run was asked for: ask again")
     origin = {**provenance(config.device, code_of(config)), "data": state}
     train_images, held, data = _prepared(config, state)
-    parent = Run.load(folder_of(config.parent)).model("last").to(config.device) if config.parent else None
+    models = {k: Run.load(folder_of(r)).model("last").to(config.device) for k, r in config.sources().items()}
+    parent = models.get("parent")
     total, remade = len(train_images) // config.batch_size * config.epochs, 0.0
     per_step = 2 / (step_passes(config) * config.batch_size)  # of an image, in steps of the training
     ahead = math.ceil(per_step * remake_steps(config.remake) * len(train_images))
@@ -362,6 +363,7 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
         checkpoint_every=checkpoint_every,
         progress=lambda done, total: report(ahead + done, ahead + total),
         initial=parent.state_dict() if parent is not None and not config.remake else None,
+        teacher=models.get("teacher"),
     )
     start = time.perf_counter()
     model, found = new_model(config, train_images).to(config.device), {}
@@ -475,8 +477,8 @@ def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
     by default one per core, so that its numbers do not depend on how many runs were asked for: with OMP_NUM_THREADS=1
     as many run side by side as there are cores. On CUDA one process per device.
     """
-    tables = ("model", MODELS), ("objective", OBJECTIVES), ("method", METHODS)
-    makers = [table[getattr(c, kind)["name"]] for c in configs for kind, table in tables]
+    makers = [MODELS[c.model["name"]] for c in configs] + [OBJECTIVES[c.objective["name"]] for c in configs]
+    makers += [METHODS[part["name"]] for c in configs for part in method_parts(c.method)]
     if not all(m.__module__.startswith("cfol_nb.") for m in makers):
         return None  # registered by the user's own code, which a new process lacks
     cuda = any(c.device == "cuda" for c in configs)
@@ -555,12 +557,13 @@ def compute(
                 f"batch_size={config.batch_size} is larger than the training split of {len(images)} images"
             )
     reasons: dict[str, str | BaseException] = {}
-    if parents := {c.key(): c.parent for c in missing.values() if c.parent}:
+    if sources := [(k, role, run) for k, c in missing.items() for role, run in c.sources().items()]:
         try:
-            compute(list(parents.values()), executor, checkpoint_every=checkpoint_every)
+            compute([run for *_, run in sources], executor, checkpoint_every=checkpoint_every)
         except RunsFailed as failed:
-            orphans = [k for k, parent in parents.items() if not current(folder_of(parent), parent)]
-            reasons = dict.fromkeys(orphans, f"its parent failed: {failed}")
+            reasons = {
+                k: f"its {role} failed: {failed}" for k, role, run in sources if not current(folder_of(run), run)
+            }
             missing = {k: c for k, c in missing.items() if k not in reasons}
     if missing:
         with bar(len(missing), "runs") as progress:

@@ -72,7 +72,7 @@ def configurations(dataset: str, methods: Sequence[str], seeds: int, **settings)
 
 def estimate(config: RunConfig, steps: int = 8) -> float:
     """Seconds that a run will take, from a few of its own training steps; looks and evaluation by their passes; with
-    its parent, if that is not stored; `remake` as if the parent's network were its own."""
+    its parent and teacher, if they are not stored; `remake` as if the parent's network were its own."""
     images, held, data = prepare(config)
     times = []
 
@@ -84,7 +84,8 @@ def estimate(config: RunConfig, steps: int = 8) -> float:
             raise _Enough
 
     with contextlib.suppress(_Enough), threads(config):
-        train(config, images, held, crop=data.crop, flip=data.flip, progress=watch)
+        teacher = new_model(config.teacher, images) if config.teacher else None
+        train(config, images, held, crop=data.crop, flip=data.flip, progress=watch, teacher=teacher)
     step = statistics.median([b - a for a, b in itertools.pairwise(times)] or [0.0])
     per_pass = step / (config.batch_size * step_passes(config))  # one forward pass of one image
     looks = -(-config.epochs // config.validate_every) * len(held) * (2 * look_steps(config) + 2)
@@ -95,8 +96,8 @@ def estimate(config: RunConfig, steps: int = 8) -> float:
     judged = passes * len(data.test) + PASSES * min(IMAGES, len(data.test)) * bool(config.attacks)
     in_float32 = kinds * judged + 2 * remake_steps(config.remake) * len(images)
     own = 1.1 * (step * total + per_pass * (looks + slower * in_float32))
-    parent = config.parent and resolve(config.parent)
-    return own + (estimate(parent, steps) if parent and not current(folder_of(parent), parent) else 0)
+    sources = map(resolve, config.sources().values())
+    return own + sum(estimate(run, steps) for run in sources if not current(folder_of(run), run))
 
 
 def publish(run: Run, results: Path) -> Path:
@@ -283,7 +284,8 @@ def listing(runs: Sequence[Run]) -> pd.DataFrame:
         usual = RunConfig(dataset=c.dataset, eps=c.eps, **way)  # step and steps follow from radius and attack
         plain = RunConfig(dataset=c.dataset)
         usual = usual.model_copy(update={k: getattr(plain, k) for k in ("eps", "training_attack")})
-        usual_of = keywords(METHOD_TYPES[c.method["name"]])
+        names = c.method["name"].split("+")
+        usual_of = {f"{n}." * (len(names) > 1) + k: p for n in names for k, p in keywords(METHOD_TYPES[n]).items()}
         given = {k: said(getattr(c, k)) for k in RunConfig.model_fields if getattr(c, k) != getattr(usual, k)}
         rows.append(
             {

@@ -21,41 +21,39 @@ import torch
 from torch import Tensor, nn
 
 from cfol_nb.attacks import repeating
-from cfol_nb.config import RunConfig, options
+from cfol_nb.config import RunConfig, method_parts, of_its_kind, options
 from cfol_nb.data import ImageSet
 from cfol_nb.engine import choose_engine, make_step
-from cfol_nb.evaluate import evaluate
+from cfol_nb.evaluate import class_losses, evaluate
 from cfol_nb.features import REMAKES
 from cfol_nb.files import Corrupt, Unsigned, code_hash, read_tensors, write_tensors
-from cfol_nb.methods import METHODS, Method
+from cfol_nb.methods import METHODS, Context, build_method
 from cfol_nb.models import MODELS, build, initialised_from, sharing
 from cfol_nb.objectives import OBJECTIVES, TemporalEnsemble
 from cfol_nb.outcomes import Outcomes
 
 
-@contextlib.contextmanager
-def _of_its_kind(what: str, spec: dict) -> Iterator[None]:
-    """ValueError, with the name, for options of a wrong type."""
-    try:
-        yield
-    except (TypeError, AttributeError, RuntimeError) as error:
-        given = ", ".join(f"{k}={v!r}" for k, v in spec.items() if k != "name")
-        raise ValueError(f"{what} {spec['name']!r} does not take {given}: {error}") from error
+def _context(config: RunConfig, objective, per_epoch: int = 0) -> Context:
+    beta = getattr(objective, "beta", None)
+    return Context(config.epochs, per_epoch, beta, config.eps, config.step, config.steps)
 
 
 def check(config: RunConfig) -> None:
     """Raises ValueError, before any work, for a model, objective or method that is unknown or refuses its options."""
-    own = options("method", config.method, METHODS, given=("labels", "num_classes", "seed", "examples"))
-    with _of_its_kind("method", config.method):
-        method = METHODS[config.method["name"]](torch.arange(1000), 1000, 0, 1, **own)  # refuses values it cannot take
+    own = options("objective", config.objective, OBJECTIVES)
+    with of_its_kind("objective", config.objective):
+        objective = OBJECTIVES[config.objective["name"]](**own)
+    # refuses values that it cannot take
+    method = build_method(config.method, torch.arange(1000), 1000, 0, 1, _context(config, objective))
     if method.needs_parent and (config.parent is None or config.remake):
         raise ValueError(f"method {config.method['name']!r} goes on from a trained network: give the run a parent")
     if method.needs_objective not in (None, config.objective["name"]):
         raise ValueError(f"method {config.method['name']!r} needs the objective {method.needs_objective!r}")
-    own = options("objective", config.objective, OBJECTIVES)
-    with _of_its_kind("objective", config.objective):
-        loss = OBJECTIVES[config.objective["name"]](**own).attack_loss
-    if loss == "kl" and config.training_attack.name == "n-fgsm" and not config.training_attack.k:
+    wanted = objective.needs_teacher or "teacher" in method.asks
+    if wanted != (config.teacher is not None):
+        who = f"objective {config.objective['name']!r} with method {config.method['name']!r}"
+        raise ValueError(f"{who} needs a teacher: give the run one" if wanted else f"{who} has no use for a teacher")
+    if objective.attack_loss == "kl" and config.training_attack.name == "n-fgsm" and not config.training_attack.k:
         raise ValueError(
             f"training_attack k=0: the KL divergence that {config.objective['name']!r} attacks has no gradient at the "
             "image itself, so k > 0 is needed"
@@ -67,7 +65,7 @@ def check(config: RunConfig) -> None:
     own = {k: v for k, v in config.model.items() if k != "head"}
     options("model", own, MODELS, given=("num_classes", "channels"))
     # takes no memory and no time
-    with _of_its_kind("model", config.model), torch.device("meta"), warnings.catch_warnings(action="ignore"):
+    with of_its_kind("model", config.model), torch.device("meta"), warnings.catch_warnings(action="ignore"):
         model = build(num_classes=2, channels=3, **config.model)
         method.start(model)
     sizes, memory = [p.numel() for p in model.parameters()], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -81,11 +79,12 @@ def check(config: RunConfig) -> None:
 
 def code_of(config: RunConfig) -> str:
     """A hash of the code that can move the run's numbers, its parent's included: see `files.code_hash`."""
-    makers = []
-    while config:
-        makers += [MODELS[config.model["name"]], OBJECTIVES[config.objective["name"]], METHODS[config.method["name"]]]
+    makers, todo = [], [config]
+    for config in todo:
+        makers += [MODELS[config.model["name"]], OBJECTIVES[config.objective["name"]]]
+        makers += [METHODS[part["name"]] for part in method_parts(config.method)]
         makers += [REMAKES[config.remake["name"]]] if config.remake else []
-        config = config.parent
+        todo += config.sources().values()
     return code_hash(*makers)
 
 
@@ -146,7 +145,8 @@ def new_model(config: RunConfig, data: ImageSet) -> nn.Module:
 
 @dataclass
 class Trained:
-    """weights: "last" (after the last step), "selected" (the best held-out epoch), and "ema" if an average was kept.
+    """weights: "last" (after the last step), "selected" (the best held-out epoch), "ema" if an average over the steps
+    was kept, and "averaged" if the method kept one over the looks.
 
     history: one dict per epoch.
 
@@ -242,10 +242,11 @@ def train(
     checkpoint_every: int = 1,
     progress: Callable[[int, int], None] | None = None,
     initial: dict[str, Tensor] | None = None,
+    teacher: nn.Module | None = None,
 ) -> Trained:
     """Train on `images`, select on `held`.
 
-    initial: weights to start from, instead of new ones from the run's seed.
+    initial: weights to start from, instead of new ones from the run's seed. teacher: the network of the run's teacher.
     checkpoint: a file that is written every `checkpoint_every` epochs (0: never) and when the run is stopped, and from
     which it goes on if it is there. progress: called with (steps done, steps in all).
     Raises Stopped after Ctrl-C or SIGTERM, Corrupt for a damaged or foreign checkpoint, FloatingPointError if the loss
@@ -254,7 +255,9 @@ def train(
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     # the global generators only serve layers that draw, such as dropout; cuDNN must repeat itself
     with _seeded(config.seed, device), repeating(torch.backends.cudnn.allow_tf32):
-        return _train(config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress, initial)
+        return _train(
+            config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress, initial, teacher
+        )
 
 
 def _amiss(history: list[dict], kind: str, over: bool) -> list[str]:
@@ -322,7 +325,9 @@ def _optimizer(config: RunConfig, parameters, rate, graphed: bool) -> torch.opti
     return torch.optim.SGD(parameters, rate, config.momentum, weight_decay=decay, fused=fused)
 
 
-def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress, initial) -> Trained:
+def _train(
+    config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress, initial, teacher
+) -> Trained:
     check(config)
     batch, n = config.batch_size, len(images)
     per_epoch = n // batch  # full batches only: shapes never change
@@ -335,8 +340,10 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
         model.load_state_dict(initial)
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     objective = OBJECTIVES[config.objective["name"]](**options("objective", config.objective, OBJECTIVES))
-    own = options("method", config.method, METHODS)
-    method: Method = METHODS[config.method["name"]](images.labels, k, config.seed, total * batch, **own).to(device)
+    context = _context(config, objective, per_epoch)
+    method = build_method(config.method, images.labels, k, config.seed, total * batch, context).to(device)
+    if teacher is not None:
+        teacher = copy.deepcopy(teacher).to(device, dtype).eval().requires_grad_(False)
     ensemble = TemporalEnsemble(n, k, **dict(config.ensembling)).to(device, dtype) if config.ensembling else None
     engine = choose_engine(config, device)
     graphed = engine == "graph"  # whose learning rate must lie on the device
@@ -347,11 +354,12 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
     low_precision = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
     start, looking, made_by = time.perf_counter(), 0.0, [code_of(config), torch.__version__]
-    parts = (images.images, images.labels, held.images, held.labels, *(initial or {}).values())
+    taught = teacher.state_dict() if teacher is not None else {}
+    parts = (images.images, images.labels, held.images, held.labels, *(initial or {}).values(), *taught.values())
     data = _hash(parts) if checkpoint else ""  # what else than the configuration decides the run
     step, history, best = 0, [], (-1.0, 0)  # best: held-out score, epoch
     selected = _copy(model.state_dict())
-    averaged = copy.deepcopy(model).eval() if config.ema else None
+    averaged, kept = copy.deepcopy(model).eval() if config.ema else None, None  # kept: by the method, over the looks
     sum_loss = torch.zeros((), dtype=dtype, device=device)
     watched = single_step(config)
     met = torch.zeros(2, k, dtype=torch.int64, device=device)  # drawn in this epoch, and right under its attack
@@ -363,6 +371,7 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                 "model": model.state_dict(),
                 "selected": selected,
                 "averaged": averaged.state_dict() if averaged is not None else {},
+                "kept": kept.state_dict() if kept is not None else {},
                 "method": method.state_dict(),
                 "ensemble": ensemble.state_dict() if ensemble is not None else {},
                 "optimizer": optimizer.state_dict(),
@@ -395,12 +404,15 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
         model.load_state_dict(state["model"])
         if averaged is not None:
             averaged.load_state_dict(state["averaged"])
+        if state["kept"]:
+            kept = copy.deepcopy(model).eval()
+            kept.load_state_dict(state["kept"])
         method.load_state_dict(state["method"])
         if ensemble is not None:
             ensemble.load_state_dict(state["ensemble"])
         optimizer.load_state_dict(state["optimizer"])
-        for p, kept in optimizer.state.items():  # fused kernels want the memory layout of the weights
-            kept |= {k: torch.empty_like(p).copy_(v) for k, v in kept.items() if v is not None and v.shape == p.shape}
+        for p, own in optimizer.state.items():  # fused kernels want the memory layout of the weights
+            own |= {k: torch.empty_like(p).copy_(v) for k, v in own.items() if v is not None and v.shape == p.shape}
         for group in optimizer.param_groups if graphed else ():
             group["lr"] = rate
         generator.set_state(state["generator"])
@@ -412,24 +424,42 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
             for g, old in zip(_generators(device), state["global"], strict=True):
                 g.set_state(old)
 
-    compute_step = make_step(config, engine, model, objective, method, optimizer, generator, crop, flip, ensemble)
+    compute_step = make_step(
+        config, engine, model, objective, method, optimizer, generator, crop, flip, ensemble, teacher
+    )
 
     judged = "robust" if objective.attack_loss else "clean"
 
-    def look(epoch: int) -> Outcomes:
-        """The held-out split, clean and under the training attack, or under PGD where that is a single step."""
+    def look(epoch: int) -> tuple[Outcomes, dict[str, Tensor]]:
+        """The held-out split, clean and under the training attack, or under PGD where that is a single step; and what
+        the method is told of it."""
+        nonlocal looking
+        before = time.perf_counter()
         steps, way = look_steps(config), 2.5 * config.eps or 1.0 if watched else config.step * config.steps
         against = {"eps": config.eps, "step": way / steps, "steps": steps, "norm": config.norm}
         try:
             with low_precision:  # it only selects; the test is evaluated in full precision
-                return evaluate(model, held.images, held.labels, {"robust": against}, seed=epoch, checks=0)
+                outcomes = evaluate(model, held.images, held.labels, {"robust": against}, seed=epoch, checks=0)
+                report = {}
+                if "losses" in method.asks:
+                    against["loss"] = "kl" if objective.attack_loss in ("kl", "teacher") else "ce"
+                    report = class_losses(model, held.images, held.labels, k, against, epoch)
         except FloatingPointError as error:
             raise FloatingPointError(f"{diverged} {epoch}: {error}") from error
+        for a in ("clean", "robust"):
+            right, size = outcomes.counts(a)
+            pairs = np.bincount(outcomes.labels * k + outcomes.predictions[a], minlength=k * k).reshape(k, k)
+            told = {a: right / size, f"{a} confusion": pairs.astype(float)}
+            report |= {name: torch.from_numpy(v).to(device) for name, v in told.items()}
+        looking += time.perf_counter() - before
+        return outcomes, report
 
     diverged = f"training diverged (lower lr={config.lr:g}, or the step size of {config.method}) in epoch"
     with _listening() as signals:
         model.train()
         method.start(model)
+        if not step and "start" in method.asks:
+            method.after_epoch(0, look(0)[1])
         while step < total:
             lr = config.lr * config.schedule(step / total)
             for group in optimizer.param_groups:
@@ -438,13 +468,13 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
             y = labels[index]
             if ensemble is not None:
                 ensemble.at(step / total)
-            loss, logits = compute_step(pixels[index], y, index)
-            method.after_step(index, y, logits)  # the loss at the parameters before the step
+            loss, told = compute_step(pixels[index], y, index)
+            method.after_step(told)  # the loss at the parameters before the step
             if averaged is not None:
                 _average(averaged, model, min(config.ema, (1 + step) / (10 + step)))
             sum_loss += loss
             if watched:
-                met.index_add_(1, y, torch.stack([torch.ones_like(y), (logits.argmax(1) == y).long()]))
+                met.index_add_(1, y, torch.stack([torch.ones_like(y), (told.logits.argmax(1) == y).long()]))
             step += 1
 
             if step % per_epoch == 0:
@@ -456,10 +486,9 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                     met.zero_()
                 if not math.isfinite(entry["loss"]):
                     raise FloatingPointError(f"{diverged} {epoch}: the loss is {entry['loss']}")
+                method.epoch_end(epoch)
                 if epoch % config.validate_every == 0 or step == total:
-                    before = time.perf_counter()
-                    outcomes = look(epoch)
-                    looking += time.perf_counter() - before
+                    outcomes, report = look(epoch)
                     right = {a: outcomes.counts(a)[0] for a in ("clean", "robust")}
                     size = outcomes.counts("clean")[1]
                     accuracy = torch.from_numpy(right[judged] / size)
@@ -467,16 +496,19 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
                     if score > best[0]:
                         best, selected = (score, epoch), _copy(model.state_dict())
                     entry |= {"n": size.tolist(), **{a: c.tolist() for a, c in right.items()}}
-                    method.after_epoch(epoch, {a: torch.from_numpy(c / size).to(device) for a, c in right.items()})
+                    method.after_epoch(epoch, report)
+                    if (decay := method.average(report)) is not None:
+                        kept = copy.deepcopy(model).eval() if kept is None else kept
+                        _average(kept, model, float(decay))
                 entry |= {name: value.tolist() for name, value in method.trace().items()}
                 history.append(entry)
                 collapse = _collapse(history, images.class_names)
                 amiss = [collapse] if collapse else _amiss(history, judged, step == total)
                 complaints = [method.complaint(history), *amiss]
                 said = {text for e in history for text in e.get("warnings", ())}
-                if told := [text for text in complaints if text]:
-                    entry["warnings"] = told
-                if new := [text for text in told if text not in said]:
+                if amiss := [text for text in complaints if text]:
+                    entry["warnings"] = amiss
+                if new := [text for text in amiss if text not in said]:
                     warnings.warn(Diverging(f"epoch {epoch}: {'; '.join(new)}"), stacklevel=3)
                 if checkpoint and checkpoint_every and epoch % checkpoint_every == 0:
                     save()
@@ -489,4 +521,6 @@ def _train(config, device, images, held, crop, flip, checkpoint, checkpoint_ever
     weights = {"last": _copy(model.state_dict()), "selected": selected}
     if averaged is not None:
         weights["ema"] = _copy(averaged.state_dict())
+    if kept is not None:
+        weights["averaged"] = _copy(kept.state_dict())
     return Trained(weights, best[1], time.perf_counter() - start, looking, history)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cfol_nb.config import choose
-from cfol_nb.methods import Method, register
+from cfol_nb.methods import Batch, Method, register
 from cfol_nb.samplers import NAMES, ClassSampler, ExampleSampler
 
 
@@ -19,8 +19,8 @@ def step_size(eta: float | None, drift: float, examples: int) -> float:
     return drift / max(examples, 1) if eta is None else eta
 
 
-def _wrong(y: Tensor, logits: Tensor) -> Tensor:
-    return logits.argmax(1) != y
+def _wrong(batch: Batch) -> Tensor:
+    return batch.logits.argmax(1) != batch.y
 
 
 @register("cfol")
@@ -69,13 +69,12 @@ class CFOL(Method):
     def classes(self) -> ClassSampler:
         return self.sampler if self.form == "sample" else self.adversary
 
-    def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
-        if self.form == "sample":
-            return losses.mean()
-        return (losses * (self.classes.p / self.share)[y].to(losses)).mean()
+    def weigh(self, batch: Batch) -> Tensor | None:
+        return None if self.form == "sample" else (self.classes.p / self.share)[batch.y]
 
-    def after_step(self, index: Tensor, y: Tensor, logits: Tensor) -> None:
-        self.classes.update(y, _wrong(y, logits), None if self.form == "sample" else self.share[y])
+    def after_step(self, batch: Batch) -> None:
+        y = batch.y
+        self.classes.update(y, _wrong(batch), None if self.form == "sample" else self.share[y])
         if len(self.reset):
             due = ((self.reset > self.seen) & (self.reset <= self.seen + len(y))).any()
             self.classes.w.copy_(torch.where(due, self.classes.prior, self.classes.w))
@@ -105,8 +104,8 @@ class FOL(Method):
         self.sampler = ExampleSampler(len(labels), gamma, step_size(eta, drift, examples), seed)
         self.register_buffer("labels", labels, persistent=False)
 
-    def after_step(self, index: Tensor, y: Tensor, logits: Tensor) -> None:
-        self.sampler.update(index, _wrong(y, logits))
+    def after_step(self, batch: Batch) -> None:
+        self.sampler.update(batch.index, _wrong(batch))
 
     def trace(self) -> dict[str, Tensor]:
         p = self.sampler.p

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cfol_nb.methods import Method, register
+from cfol_nb.methods import Batch, Method, register
 
 
 def worst_case(losses: Tensor, bound: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class CVaR(Method):
         super().__init__(*run, **named)
         self.alpha = _share(alpha)
 
-    def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
+    def reduce(self, losses: Tensor, batch: Batch) -> Tensor:
         bound = torch.full_like(losses, 1 / (self.alpha * len(losses)))
         return (worst_case(losses, bound) * losses).sum()
 
@@ -50,7 +50,8 @@ class LCVaR(Method):
         super().__init__(*run, **named)
         self.alpha = _share(alpha)
 
-    def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
+    def reduce(self, losses: Tensor, batch: Batch) -> Tensor:
+        y = batch.y
         member = (y == torch.arange(self.num_classes, device=y.device).unsqueeze(1)).to(losses)  # (K, n)
         count = member.sum(1)
         mean = member @ losses / count.clamp_min(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cfol_nb.methods import Method, register
+from cfol_nb.methods import Batch, Method, register
 
 
 @register("frl")
@@ -52,8 +52,8 @@ class FRL(Method):
         weight = (1 / self.num_classes + gained - gained.mean())[y]
         return weight / weight.sum()
 
-    def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
-        return (self._weights(self.clean, y).to(losses) * losses).sum()
+    def reduce(self, losses: Tensor, batch: Batch) -> Tensor:
+        return (self._weights(self.clean, batch.y).to(losses) * losses).sum()
 
     def boundary(self, y: Tensor) -> Tensor:
         return self._weights(self.boundary_error, y) / self._weights(self.clean, y)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cfol_nb.config import choose
-from cfol_nb.methods import Method, register
+from cfol_nb.methods import Batch, Method, register
 from cfol_nb.models import Cosine, last_linear
 from cfol_nb.samplers import ClassSampler
 
@@ -81,11 +81,11 @@ class ClassBalanced(LongTail):
         """(K,) of the next step."""
         return torch.where(self.seen >= self.first, (1 - self.beta) / (1 - self.beta**self.n), 1.0)
 
-    def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
-        return _weighted(losses, self.weights()[y])
+    def reduce(self, losses: Tensor, batch: Batch) -> Tensor:
+        return _weighted(losses, self.weights()[batch.y])
 
-    def after_step(self, index: Tensor, y: Tensor, logits: Tensor) -> None:
-        self.seen += len(y)
+    def after_step(self, batch: Batch) -> None:
+        self.seen += len(batch.y)
 
 
 @register("ldam")
@@ -261,9 +261,9 @@ class Focal(Method):
             raise ValueError(f"gamma={gamma} is not a finite number >= 0")
         self.gamma = gamma
 
-    def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
-        p = logits.to(losses).softmax(1).gather(1, y.unsqueeze(1)).squeeze(1)
-        return ((1 - p).clamp_min(torch.finfo(p.dtype).eps) ** self.gamma * losses).mean()
+    def weigh(self, batch: Batch) -> Tensor:
+        p = batch.logits.softmax(1).gather(1, batch.y.unsqueeze(1)).squeeze(1)
+        return (1 - p).clamp_min(torch.finfo(p.dtype).eps) ** self.gamma
 
 
 @register("fixed-weights")
@@ -283,8 +283,8 @@ class FixedWeights(Method):
                 )
             self.weights[int(label)] = weight
 
-    def reduce(self, losses: Tensor, y: Tensor, logits: Tensor) -> Tensor:
-        return _weighted(losses, self.weights[y])
+    def reduce(self, losses: Tensor, batch: Batch) -> Tensor:
+        return _weighted(losses, self.weights[batch.y])
 
 
 @register("fair-weights")
@@ -306,8 +306,9 @@ class FairWeights(FixedWeights):
         for name in ("right", "drawn"):
             self.register_buffer(name, torch.zeros(self.num_classes, dtype=torch.float64))
 
-    def after_step(self, index: Tensor, y: Tensor, logits: Tensor) -> None:
-        self.right.index_add_(0, y, (logits.argmax(1) == y).to(self.right))
+    def after_step(self, batch: Batch) -> None:
+        y = batch.y
+        self.right.index_add_(0, y, (batch.logits.argmax(1) == y).to(self.right))
         self.drawn.index_add_(0, y, torch.ones_like(y, dtype=self.drawn.dtype))
 
     def after_epoch(self, epoch: int, report: dict[str, Tensor]) -> None:
