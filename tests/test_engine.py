@@ -84,7 +84,7 @@ def test_no_step_waits_for_the_device(images, method, objective, ensembling):
         with Watch() as watch:
             index = method.draw(32)
             y = images[0].labels[index]
-            _, told = step(images[0].images[index], y, *([] if ensembling is None else [index]))
+            _, told = step(images[0].images[index], y, index)
             method.after_step(told)
         assert not watch.waits
         seen.add((index.shape, told.logits.shape))
@@ -110,7 +110,7 @@ def test_no_step_with_n_fgsm_waits_for_the_device_either(images, method, objecti
     step, method, _ = parts(RunConfig(method=method, objective=objective, training_attack="n-fgsm"), images[0])
     with Watch() as watch:
         index = method.draw(32)
-        _, told = step(images[0].images[index], images[0].labels[index])
+        _, told = step(images[0].images[index], images[0].labels[index], index)
         method.after_step(told)
     assert not watch.waits
 
@@ -123,7 +123,7 @@ def test_n_fgsm_in_a_step_scales_noise_and_step_with_a_methods_radius(images, mo
     monkeypatch.setattr(OBJECTIVES["at"], "__call__", lambda self, m, x, x_adv, *rest: keep(seen, x_adv, m(x_adv)))
     config = RunConfig(training_attack="n-fgsm", eps=0.05)
     step, _, _ = parts(config, images[0])
-    step(torch.full((400, 1, 8, 8), 128, dtype=torch.uint8), torch.arange(400) % 10)
+    step(torch.full((400, 1, 8, 8), 128, dtype=torch.uint8), torch.arange(400) % 10, torch.arange(400))
     inside = seen[0][..., 1:-1, 1:-1]  # where no crop brings in its padding
     moved = (inside - 128 / 255).view(40, 10, 36).transpose(0, 1).flatten(1)
     reach = 3 * 0.05 * factors
@@ -162,7 +162,7 @@ def test_a_compiled_step_is_the_eager_one_in_few_compilations(
         step, method, net = parts(RunConfig(engine=how, **given), images[0])
         for _ in range(3):
             index = method.draw(32)
-            step(images[0].images[index], images[0].labels[index], *([] if ensembling is None else [index]))
+            step(images[0].images[index], images[0].labels[index], index)
         results[how] = net.state_dict()
     most = 2 + 2 * (objective == "trades") + (ensembling is not None)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= most
@@ -291,7 +291,7 @@ def test_no_step_waits_for_a_real_device(images, method):
         torch.cuda.set_sync_debug_mode(mode)
         try:
             index = method.draw(32)
-            _, told = step(pixels[index], labels[index])
+            _, told = step(pixels[index], labels[index], index)
             method.after_step(told)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -164,6 +164,7 @@ def test_trades_is_its_formula():
         torch.arange(8) % 3,
     )
     losses, logits, clean = TRADES(beta=2.5)(model, x, x_adv, y)
+    torch.testing.assert_close(clean, model(x))
     p, q = torch.softmax(model(x), 1), torch.softmax(model(x_adv), 1)
     want = -p[torch.arange(8), y].log() + 2.5 * (p * (p / q).log()).sum(1)
     torch.testing.assert_close(losses, want)
@@ -206,7 +207,7 @@ def test_frl_is_its_formula():
     p, q = (v.softmax(1) for v in (x, x_adv))
     ce, kl = -p[torch.arange(6), y].log().numpy(), (p * (p / q).log()).sum(1).numpy()
     w0, w1 = ((1 / 4 + v - v.mean())[y] for v in (l0, l1))
-    losses, logits, clean = TRADES(beta=1.5)(torch.nn.Identity(), x, x_adv, y, boundary=method.boundary(y))
+    losses, *_ = TRADES(beta=1.5)(torch.nn.Identity(), x, x_adv, y, boundary=method.boundary(y))
     want = (w0 * ce).sum() / w0.sum() + 1.5 * (w1 * kl).sum() / w1.sum()
     assert method.reduce(losses, batch(y)).item() == pytest.approx(want)
     np.testing.assert_allclose(method.radius(y), np.minimum(np.exp(2 * margin), 2.5)[y])

@@ -126,7 +126,7 @@ def _plain(value: dict) -> dict:
 
 
 def method_parts(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The methods that are composed in one spec: {"name": "a+b", "a.x": 1} is [{"name": "a", "x": 1}, {"name": "b"}]."""
+    """The methods of a spec: those of {"name": "a+b", "a.x": 1} are [{"name": "a", "x": 1}, {"name": "b"}]."""
     names = spec["name"].split("+")
     if len(names) == 1:
         return [dict(spec)]

@@ -138,7 +138,7 @@ def make_step(
     def adjust(logits: Tensor, y: Tensor) -> Tensor:
         return method.adjust(wide(logits), y)
 
-    def step(pixels: Tensor, y: Tensor, index: Tensor | None = None) -> tuple[Tensor, Batch]:
+    def step(pixels: Tensor, y: Tensor, index: Tensor) -> tuple[Tensor, Batch]:
         x = as_float(augment(pixels, crop, flip, generator), dtype, device)
         known, taught, right = Batch(index, y), (None, None), []
         with low_precision:
@@ -172,7 +172,7 @@ def make_step(
         return losses.detach().mean(), detached
 
     def perturb(loss: Callable[[], Tensor]) -> dict[Tensor, Tensor]:
-        """Adversarial weight perturbation (Wu et al. 2020): the weights of each layer go up the objective's mean loss by
+        """Adversarial weight perturbation (Wu et al. 2020): each layer's weights go up the objective's mean loss by
         `awp` times their length, biases and normalisation stay. Returns parameters and what they were."""
         weights, statistics = [p for p in model.parameters() if p.requires_grad and p.ndim > 1], [*model.buffers()]
         before = [b.clone() for b in statistics]

@@ -39,7 +39,7 @@ from cfol_nb.runs import (
     verdicts,
 )
 from cfol_nb.stats import last_attack
-from cfol_nb.train import check, look_steps, make_model, step_passes, train
+from cfol_nb.train import check, look_steps, make_model, new_model, step_passes, train
 
 PAPER = {"epochs": 200, "schedule": {"name": "step", "milestones": [0.5, 0.75]}}
 METHODS = {

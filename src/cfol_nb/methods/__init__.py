@@ -121,8 +121,8 @@ class Method(nn.Module):
         """After a look at the held-out split: at the end of an epoch, or before the first step (0) if asked for.
 
         report: "clean" and "robust", class accuracies (K,); "clean confusion" and "robust confusion", (K, K) numbers of
-        images, true classes in rows; if asked for, class means (K,) of losses, under the objective's attack: "ce" of the
-        clean and "robust ce" of the adversarial images, "kl" between them. On the device, in float64.
+        images, true classes in rows; if asked for, class means (K,) of losses under the objective's attack: "ce" of
+        the clean and "robust ce" of the adversarial images, "kl" between them. On the device, in float64.
         """
 
     def average(self, report: dict[str, Tensor]) -> float | Tensor | None:

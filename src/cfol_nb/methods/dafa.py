@@ -25,8 +25,8 @@ def transfer(p: Tensor, lam: float) -> Tensor:
 
 @register("dafa")
 class DAFA(Method):
-    """Radius, step and cross-entropy times W_y, the KL of TRADES unweighted; W is `transfer` of what the network says of
-    the training images under attack in epoch `warm_up`, and 1 up to then.
+    """Radius, step and cross-entropy times W_y, the KL of TRADES unweighted; W is `transfer` of what the network says
+    of the training images under attack in epoch `warm_up`, and 1 up to then.
 
     lam: 1 for CIFAR-10, 1.5 for CIFAR-100 and STL-10. warm_up: by default 7/11 of the run, the authors' 70 of 110.
     Unlike the authors' code W is kept in [0.1, 2], nothing moves between equal classes, class accuracies are means over
