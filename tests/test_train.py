@@ -157,7 +157,7 @@ DEFERRED, FAIR = {"name": "class-balanced", "start": 0.4}, {"name": "fair-weight
 FRL = {"name": "frl", "remargin": True, "delta": 0.0}
 
 
-@pytest.mark.parametrize("method", ["erm", "cfol", "fol", "resampling", DEFERRED, FAIR, FRL], ids=str)
+@pytest.mark.parametrize("method", ["erm", "cfol", "fol", "resampling", DEFERRED, FAIR, FRL, "cfol+dafa"], ids=str)
 @pytest.mark.parametrize("stop_at", [1, 5])
 def test_sigterm_and_ctrl_c_stop_after_a_step_and_the_run_goes_on_to_the_same_bytes(
     tiny, images, tmp_path, method, stop_at

@@ -120,7 +120,7 @@ def run(
 @app.command()
 def train(
     dataset: Annotated[str, typer.Option(help="See `cfol-nb list`.")] = "digits",
-    method: Annotated[str, typer.Option(help="How classes are treated.")] = "cfol",
+    method: Annotated[str, typer.Option(help="How classes are treated; several: cfol+dafa.")] = "cfol",
     objective: Annotated[str, typer.Option(help="What is minimised.")] = "at",
     seeds: Annotated[int, typer.Option(min=1, max=SEEDS, help="Runs with seed 0, 1, ...")] = 1,
     preset: Annotated[str | None, typer.Option(help=_PRESET)] = None,
@@ -519,7 +519,7 @@ def list_() -> None:
     from cfol_nb.attacks import LOSSES
     from cfol_nb.config import keywords
     from cfol_nb.data import DATASETS
-    from cfol_nb.methods import METHODS
+    from cfol_nb.methods import GIVEN, METHODS
     from cfol_nb.models import MODELS
     from cfol_nb.objectives import OBJECTIVES
     from cfol_nb.runs import stored
@@ -535,7 +535,8 @@ def list_() -> None:
     typer.echo("data sets\n  " + ", ".join(DATASETS))
     table("models", MODELS, {"num_classes", "channels"})
     table("objectives", OBJECTIVES, set())
-    table("methods", METHODS, {"labels", "num_classes", "seed", "examples"})
+    table("methods", METHODS, GIVEN)
+    typer.echo("  several in one run: --method cfol+dafa -s method.cfol.drift=100")
     typer.echo(
         f"\nattacks\n  pgd in norm linf or l2 with loss {', '.join(LOSSES)}; "
         "options eps, step, steps, restarts, random_start"

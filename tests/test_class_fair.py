@@ -1,0 +1,115 @@
+"""Class-fair methods of the literature against known answers."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cfol_nb.config import RunConfig
+from cfol_nb.methods import METHODS, Batch, Context
+from cfol_nb.methods.dafa import transfer
+from cfol_nb.objectives import TRADES
+from cfol_nb.train import check
+
+LABELS = torch.arange(30) % 3
+P = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7]], dtype=torch.float64)
+
+
+def logits_with(means):
+    """Logits (6, 3) of two images a class, whose softmax is in the mean that of the rows."""
+    step = torch.tensor([0.05, -0.02, -0.03], dtype=torch.float64)
+    return torch.cat([means + step, means - step]).log()
+
+
+def test_dafa_moves_weight_from_easy_classes_to_those_they_are_like():
+    np.testing.assert_allclose(transfer(P, 1.0), [0.95, 1.33, 0.72])
+    np.testing.assert_allclose(transfer(P, 1.5), [0.925, 1.495, 0.58])
+    tied = torch.full((10, 10), 0.01).fill_diagonal_(0.91)
+    np.testing.assert_array_equal(transfer(tied, 1.0), np.ones(10))
+    p = torch.rand(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(1)
+    w = [
+        1 + sum(p[i, j] * p[j, j] if p[i, i] < p[j, j] else -p[j, i] * p[i, i] for j in range(7) if j != i)
+        for i in range(7)
+    ]
+    np.testing.assert_allclose(transfer(p, 1.0), w)
+    assert sum(w) == pytest.approx(7)
+
+
+def test_dafa_looks_in_one_epoch_and_weighs_from_the_next_on():
+    method = METHODS["dafa"](LABELS, 3, context=Context(epochs=4), warm_up=2)
+    y, ones = torch.tensor([0, 1, 2, 0, 1, 2]), torch.ones(3, dtype=torch.float64)
+    for epoch, (said, weights) in enumerate(
+        [(P.flip(1), ones), (P, torch.tensor([0.95, 1.33, 0.72])), (P.flip(0), torch.tensor([0.95, 1.33, 0.72]))], 1
+    ):
+        method.after_step(Batch(None, y, logits_with(said)))
+        method.epoch_end(epoch)
+        np.testing.assert_allclose(method.trace()["weights"], weights, rtol=1e-6)
+    model, x, x_adv = torch.nn.Linear(5, 3).double(), torch.rand(6, 5).double(), torch.rand(6, 5).double()
+    losses, *_ = TRADES(beta=6.0)(model, x, x_adv, y, boundary=method.boundary(y))
+    p, q = model(x).log_softmax(1), model(x_adv).log_softmax(1)
+    want = method.weights[y] * -p[range(6), y] + 6 * (p.exp() * (p - q)).sum(1)
+    torch.testing.assert_close(losses * method.weigh(Batch(None, y)), want)
+    assert torch.equal(method.radius(y), method.weights[y])
+    assert method.complaint([]) == ""
+
+
+def test_dafa_cuts_weights_that_would_be_negative_and_says_so():
+    p = torch.eye(10, dtype=torch.float64)
+    p[1:, 0] = torch.linspace(0.5, 0.6, 9)  # all are taken for class 0
+    p[range(1, 10), range(1, 10)] = 1 - p[1:, 0]
+    assert transfer(p, 1.0)[0] < 0
+    method = METHODS["dafa"](torch.arange(30) % 10, 10, warm_up=1)
+    method.after_step(Batch(None, torch.arange(10), p.clamp_min(1e-30).log()))
+    method.epoch_end(1)
+    assert method.weights.min() == 0.1
+    assert "were cut to [0.1, 2]" in method.complaint([])
+
+
+@pytest.mark.parametrize(("warm_up", "epochs"), [(3, 3), (0, 3), (70, 40)])
+def test_dafas_warm_up_must_lie_in_the_run(warm_up, epochs):
+    with pytest.raises(ValueError, match=f"warm_up={warm_up} of dafa"):
+        check(RunConfig(method={"name": "dafa", "warm_up": warm_up}, epochs=epochs))
+    check(RunConfig(method="dafa", epochs=2))
+    assert METHODS["dafa"](LABELS, 3, context=Context(epochs=110)).warm_up == 70
+
+
+def logits_of_loss(y, ce):
+    """(n, 3) logits with this cross-entropy."""
+    p = torch.exp(-ce)
+    z = ((1 - p) / 2).unsqueeze(1).expand(-1, 3).clone()
+    z[range(len(y)), y] = p
+    return z.log()
+
+
+def test_fat_ma_adds_the_variance_of_the_class_losses():
+    method = METHODS["fat-ma"](LABELS, 3, alpha=0.1)
+    y = torch.tensor([0, 0, 1, 2, 2, 2])
+    ce = torch.tensor([1.5, 2.5, 1.0, 0.2, 0.5, 0.8], dtype=torch.float64)  # class means 2, 1, 0.5
+    losses = torch.rand(6, dtype=torch.float64)
+    z = logits_of_loss(y, ce)
+    torch.testing.assert_close(F.cross_entropy(z, y, reduction="none"), ce)
+    assert method.reduce(losses, Batch(None, y, z)).item() == pytest.approx(losses.mean().item() + 0.1 * 0.388889)
+    some = y < 2  # class 2 is not in the batch: the variance of 2 and 1
+    got = method.reduce(losses[some], Batch(None, y[some], z[some])).item()
+    assert got == pytest.approx(losses[some].mean().item() + 0.1 * 0.25)
+    alike = logits_of_loss(y, torch.ones(6, dtype=torch.float64))
+    assert method.reduce(losses, Batch(None, y, alike)).item() == pytest.approx(losses.mean().item())
+
+
+def test_fat_mas_gradient_is_that_of_the_formula():
+    y = torch.tensor([0, 0, 1, 2, 2, 2])
+    z = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    ce = F.cross_entropy(z, y, reduction="none")
+    (ours,) = torch.autograd.grad(METHODS["fat-ma"](LABELS, 3, alpha=0.7).reduce(ce, Batch(None, y, z)), z)
+    ce = F.cross_entropy(z, y, reduction="none")
+    means = torch.stack([ce[y == c].mean() for c in range(3)])
+    (theirs,) = torch.autograd.grad(ce.mean() + 0.7 * means.var(correction=0), z)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("dafa", {"lam": -1.0}), ("fat-ma", {"alpha": -0.1}), ("fat-ma", {"alpha": float("nan")})]
+)
+def test_options_out_of_range_are_refused(name, given):
+    with pytest.raises(ValueError, match=f"{next(iter(given))}="):
+        METHODS[name](LABELS, 3, **given)
