@@ -200,7 +200,8 @@ def test_a_step_hands_on_what_is_known(images, probe, objective):
     x_adv = pgd(before, x, y, config.eps, config.step, 3, watch=lambda a, z: iterates.append(a), **kind)
     assert torch.equal(batch.right, torch.stack([before(a).argmax(1) == y for a in iterates], 1))
     assert batch.right.shape == (24, 3)
-    wanted = before.train()(x) if isinstance(objective, TRADES) else clean
+    before.train()
+    wanted = before(x) if isinstance(objective, TRADES) else clean
     torch.testing.assert_close(batch.clean, wanted)
     torch.testing.assert_close(batch.logits, before(x_adv))
     assert not batch.logits.requires_grad
