@@ -681,7 +681,7 @@ def test_models_are_loaded_from_files_and_torchvision(tmp_path):
         (f"{code}:bad", None, "returns a int"),
         (f"{code}:needs", None, "cannot be called without arguments: TypeError"),
         (f"{tmp_path}/lacks.py:make", None, "ModuleNotFoundError"),
-        (f"{code}:make", "torn", "no safetensors file"),
+        (f"{code}:make", "torn", "torn.safetensors is truncated"),
         (f"{code}:make", "less", "lacks 1 tensors, for example 1.bias"),
         (f"{code}:make", "more", "has, but the model has not, 1 tensors, for example more"),
         (f"{code}:make", "shape", r"1.weight is \(9, 64\)"),

@@ -9,17 +9,17 @@ import runpy
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.backends import cudnn
 
 from cfol_nb import data
+from cfol_nb.audit.weights import load_weights
 from cfol_nb.config import choose
 from cfol_nb.data import ImageSet
 from cfol_nb.files import ROOT, runs_dir
@@ -151,45 +151,3 @@ def load_model(source: str, weights: Path | None, num_classes: int, channels: in
     if weights:
         load_weights(module, weights)
     return model.eval()
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a safetensors file. Raises ValueError that names the first tensors that do not fit.
-
-    Of tensors that are one in the model (tied weights) the file may hold any or all, as `safetensors.torch.save_model`
-    and `save_file` write them.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        state = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no safetensors file ({error}): save with safetensors.torch.save_file") from error
-    wanted = module.state_dict()
-    for names in _tied(wanted):
-        there = [k for k in names if k in state]
-        for k in there[1:]:
-            if not torch.equal(state[k], state[there[0]]):
-                both = f"{there[0]} and {k}"
-                raise ValueError(f"the weights do not fit: {both} are one tensor in the model, two in {path}")
-        state |= dict.fromkeys(names, state[there[0]]) if there else {}
-    lack, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-    other = [k for k in sorted(set(state) & set(wanted)) if state[k].shape != wanted[k].shape]
-    for what, names in (("lacks", lack), ("has, but the model has not,", extra)):
-        if names:
-            raise ValueError(f"the weights do not fit: {path} {what} {len(names)} tensors, for example {names[0]}")
-    if other:
-        k = other[0]
-        raise ValueError(
-            f"the weights do not fit: {k} is {tuple(state[k].shape)} in {path}, {tuple(wanted[k].shape)} in the model"
-        )
-    module.load_state_dict(state)
-
-
-def _tied(state: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names that stand for one and the same tensor."""
-    same: dict[tuple, list[str]] = {}
-    for name, t in state.items():
-        if torch.is_tensor(t) and t.numel():
-            same.setdefault((t.device, t.data_ptr(), t.shape, t.stride(), t.dtype), []).append(name)
-    return [names for names in same.values() if len(names) > 1]
