@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,15 +70,27 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         except pickle.UnpicklingError as error:
             if "weights_only" not in str(error) and "Unsupported" not in str(error):
                 raise
-            raise ValueError(
-                f"{path} can only be read by a pickle that may run code, which is not done. Where you trust it: "
-                f"held = torch.load({str(path)!r}, weights_only=False); safetensors.torch.save_file("
-                "{k: v.clone() for k, v in getattr(held, 'state_dict', lambda: held)().items()}, 'w.safetensors')"
-            ) from error
+            raise ValueError(_asks_for_code(path, str(error))) from error
     except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path} is truncated, or no file of weights ({reason}): copy or download it again") from error
     return _inside(path, held)
+
+
+def _asks_for_code(path: Path, error: str) -> str:
+    """What to do with a pickle that holds more than tensors: which classes and functions it names, and the two lines
+    that let through these alone and write the weights as safetensors."""
+    try:
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except ValueError:  # the format before torch 1.6: the first that was refused
+        names = re.findall(r"GLOBAL (\S+) was not", error)
+    named = ", ".join(names) or "more than tensors"
+    return (
+        f"{path} is a pickle that asks for {named}, and was not read. Where you trust each of them, import them, then\n"
+        f"with torch.serialization.safe_globals([{', '.join(names)}]): held = torch.load({str(path)!r})\n"
+        "safetensors.torch.save_file({k: v.contiguous().clone() for k, v in held.state_dict().items()}, "
+        "'w.safetensors')\n(for a checkpoint held['state_dict'], or what its key is, instead of held.state_dict())"
+    )
 
 
 def _inside(path: Path, held: object) -> tuple[dict[str, Tensor], list[str]]:
