@@ -78,18 +78,18 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _asks_for_code(path: Path, error: str) -> str:
-    """What to do with a pickle that holds more than tensors: which classes and functions it names, and the two lines
-    that let through these alone and write the weights as safetensors."""
+    """What to do with a pickle that holds more than tensors: which classes and functions it names, and the two
+    statements that let through these alone and write the weights as safetensors."""
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except ValueError:  # the format before torch 1.6: the first that was refused
         names = re.findall(r"GLOBAL (\S+) was not", error)
     named = ", ".join(names) or "more than tensors"
     return (
-        f"{path} is a pickle that asks for {named}, and was not read. Where you trust each of them, import them, then\n"
-        f"with torch.serialization.safe_globals([{', '.join(names)}]): held = torch.load({str(path)!r})\n"
+        f"{path} is a pickle that asks for {named}, and was not read. Where you trust each of them, import them and run "
+        f"`with torch.serialization.safe_globals([{', '.join(names)}]): held = torch.load({str(path)!r}); "
         "safetensors.torch.save_file({k: v.contiguous().clone() for k, v in held.state_dict().items()}, "
-        "'w.safetensors')\n(for a checkpoint held['state_dict'], or what its key is, instead of held.state_dict())"
+        "'w.safetensors')`, for a checkpoint with held['state_dict'] instead of held.state_dict()"
     )
 
 
