@@ -86,7 +86,7 @@ def _asks_for_code(path: Path, error: str) -> str:
         names = re.findall(r"GLOBAL (\S+) was not", error)
     named = ", ".join(names) or "more than tensors"
     return (
-        f"{path} is a pickle that asks for {named}, and was not read. Where you trust each of them, import them and run "
+        f"{path} is a pickle that asks for {named}, and was not read. Where you trust each, import them and run "
         f"`with torch.serialization.safe_globals([{', '.join(names)}]): held = torch.load({str(path)!r}); "
         "safetensors.torch.save_file({k: v.contiguous().clone() for k, v in held.state_dict().items()}, "
         "'w.safetensors')`, for a checkpoint with held['state_dict'] instead of held.state_dict()"
