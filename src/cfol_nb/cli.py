@@ -412,7 +412,7 @@ def audit(
     data: Annotated[
         str, typer.Option(help="A data set of `cfol-nb list` or imagefolder:PATH; its test split, if it has one.")
     ],
-    weights: Annotated[Path | None, typer.Option(help="Safetensors file of the module's state.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Of the module: .safetensors, .pt, .pth, .ckpt or .bin.")] = None,
     eps: Annotated[str, typer.Option(help="Radius in the unit of images in [0, 1].")] = "8/255",
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
     version: Annotated[str, typer.Option(help="Of AutoAttack: standard or fast.")] = "standard",

@@ -17,7 +17,7 @@ from torch import nn
 
 from cfol_nb.autoattack import Evaluation, interleaved
 from cfol_nb.checks import IMAGES, PASSES, said
-from cfol_nb.config import AutoAttack, RunConfig, choose, keywords
+from cfol_nb.config import AutoAttack, RunConfig, choose, keywords, method_parts
 from cfol_nb.data import prepare
 from cfol_nb.features import remake_steps
 from cfol_nb.files import ROOT, Corrupt, data_dir, digest, read_json, read_tensors, runs_dir, write_json, write_tensors
@@ -284,7 +284,7 @@ def listing(runs: Sequence[Run]) -> pd.DataFrame:
         usual = RunConfig(dataset=c.dataset, eps=c.eps, **way)  # step and steps follow from radius and attack
         plain = RunConfig(dataset=c.dataset)
         usual = usual.model_copy(update={k: getattr(plain, k) for k in ("eps", "training_attack")})
-        names = c.method["name"].split("+")
+        names = [part["name"] for part in method_parts(c.method)]
         usual_of = {f"{n}." * (len(names) > 1) + k: p for n in names for k, p in keywords(METHOD_TYPES[n]).items()}
         given = {k: said(getattr(c, k)) for k in RunConfig.model_fields if getattr(c, k) != getattr(usual, k)}
         rows.append(

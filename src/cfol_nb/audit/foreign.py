@@ -111,7 +111,7 @@ def load_model(source: str, weights: Path | None, num_classes: int, channels: in
 
     source: "FILE.py:function", called without arguments; "torchvision:NAME", made with as many outputs as there are
     classes, with ImageNet's normalisation before it, as its published weights expect; or "run:NAME" (or
-    "run:NAME:selected"), a stored run or its folder. weights: a safetensors file of the module's state.
+    "run:NAME:selected"), a stored run or its folder. weights: a file of the module's state, see `load_weights`.
     Raises ValueError or FileNotFoundError, with what does not fit, for anything that cannot be loaded.
     """
     kind, _, rest = source.partition(":")
