@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cfol_nb.autoattack import Evaluation
+from cfol_nb.files import read_tensors, replacing, write_tensors
 
 COLUMNS = ["check", "verdict", "seen"]  # of a checklist
 
@@ -20,10 +22,11 @@ COLUMNS = ["check", "verdict", "seen"]  # of a checklist
 @dataclass(frozen=True)
 class Outcomes:
     """labels: (N,) int64. predictions: attack name -> (N,) int64, "clean" first. attacks: their settings. checks:
-    attack name -> can its numbers be trusted (`checks.checklist`)?
+    attack name -> can its numbers be trusted (`checks.checklist`)? images: the name of each, where they are known.
 
     Integers of any type are taken, also as tensors or lists; an attack without settings has empty ones. Raises
-    ValueError for classes out of range, for lengths that differ, and for settings or checks without predictions.
+    ValueError for classes out of range, for lengths that differ, for two images of one name, and for settings or checks
+    without predictions.
     """
 
     labels: np.ndarray
@@ -31,6 +34,7 @@ class Outcomes:
     class_names: tuple[str, ...]
     attacks: dict[str, dict] = field(default_factory=dict)
     checks: dict[str, pd.DataFrame] = field(default_factory=dict)
+    images: tuple[str, ...] = ()
 
     def __post_init__(self):
         names = tuple(self.class_names)
@@ -48,8 +52,13 @@ class Outcomes:
             ("predictions", {}),
             ("attacks", {k: self.attacks.get(k, {}) for k in given if k != "clean"}),
             ("checks", dict(self.checks)),
+            ("images", tuple(map(str, self.images))),
         ):
             object.__setattr__(self, field_, value)
+        if len(self.images) not in (0, len(self.labels)):
+            raise ValueError(f"{len(self.images)} names of images, but {len(self.labels)} labels")
+        if twice := len(self.images) - len(set(self.images)):
+            raise ValueError(f"{twice} images have the name of another one")
         for name, values in given.items():
             self._keep(name, values)
 
@@ -58,6 +67,94 @@ class Outcomes:
         if len(values) != len(self.labels):
             raise ValueError(f"{len(values)} predictions {name!r}, but {len(self.labels)} labels")
         self.predictions[name] = values
+
+    @classmethod
+    def from_predictions(
+        cls, labels: Sequence, predictions: Mapping[str, Sequence], class_names: Sequence[str] | None = None, **more
+    ) -> Outcomes:
+        """From labels and predictions (attack -> one per image, "clean" among them) that are numbers of classes, or
+        names of them. class_names: in the order of the numbers; by default the names in the order of the alphabet, or
+        the numbers as far as there are any. more: as for `Outcomes`."""
+        given = {"labels": labels, **predictions}
+        columns = {k: v.detach().cpu().numpy() if torch.is_tensor(v) else np.asarray(v) for k, v in given.items()}
+        if class_names is None:
+            numbers = all(v.dtype.kind in "iu" for v in columns.values())
+            top = max((int(v.max()) for v in columns.values() if v.size), default=-1) if numbers else 0
+            class_names = range(top + 1) if numbers else sorted({str(x) for v in columns.values() for x in v.flat})
+        names = [str(name) for name in class_names]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two classes have the same name: {', '.join(names)}")
+        number = {name: i for i, name in enumerate(names)}
+        for what, values in columns.items():
+            if values.dtype.kind not in "iu":
+                if unknown := {str(x) for x in values.flat} - number.keys():
+                    raise ValueError(f"{what}: {min(unknown)!r} is none of the {len(names)} classes")
+                columns[what] = np.array([number[str(x)] for x in values.flat], np.int64).reshape(values.shape)
+        return cls(columns.pop("labels"), columns, tuple(names), **more)
+
+    @classmethod
+    def from_table(cls, table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Outcomes:
+        """From a table of one row per image: label, clean, a column of predictions for each attack, and, if there is
+        one, image: its name. Labels and predictions as for `from_predictions`."""
+        if lost := {"label", "clean"} - set(table.columns):
+            raise ValueError(f"there is no column {min(lost)!r}: label, clean and a column per attack are needed")
+        if (empty := table.isna().any()).any():
+            raise ValueError(f"column {table.columns[empty][0]!r} has empty cells: one prediction per image is needed")
+        predictions = {k: table[k].to_numpy() for k in ("clean", *table.columns) if k not in ("image", "label")}
+        images = table.get("image", ())
+        return cls.from_predictions(table["label"].to_numpy(), predictions, class_names, images=images)
+
+    def table(self) -> pd.DataFrame:
+        """What `from_table` takes, with names of classes: one row per image."""
+        names = np.array(self.class_names, object)
+        own = {"image": list(self.images)} if self.images else {}
+        return pd.DataFrame(own | {"label": names[self.labels]} | {k: names[v] for k, v in self._whole().items()})
+
+    def save(self, path: Path) -> Path:
+        """One file: .safetensors with all of it, or .csv, which is `table` alone."""
+        path = Path(path)
+        if path.suffix == ".csv":
+            with replacing(path) as part:
+                self.table().to_csv(part, index=False)
+        elif path.suffix == ".safetensors":
+            write_tensors(path, self.tensors(), self.meta())
+        else:
+            raise ValueError(f"{path}: outcomes are kept as .safetensors or .csv")
+        return path
+
+    @classmethod
+    def load(cls, path: Path, class_names: Sequence[str] | None = None) -> Outcomes:
+        """What `save` wrote, or anybody's .csv of these columns; class_names: of a .csv, see `from_predictions`."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        if path.suffix == ".safetensors":
+            tensors, meta = read_tensors(path)
+            if "labels" not in tensors or "order" not in meta:
+                raise ValueError(f"{path} holds no outcomes")
+            return cls.from_tensors(tensors, meta)
+        if path.suffix != ".csv":
+            raise ValueError(f"{path}: outcomes are kept as .safetensors or .csv")
+        try:  # a class may be called "NA"
+            return cls.from_table(pd.read_csv(path, keep_default_na=False, na_values=[""]), class_names)
+        except (ValueError, pd.errors.ParserError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def take(self, index: np.ndarray) -> Outcomes:
+        """These images alone, in this order."""
+        predictions = {k: v[index] for k, v in self._whole().items()}
+        images = [self.images[i] for i in index] if self.images else ()
+        return Outcomes(self.labels[index], predictions, self.class_names, self.attacks, self.checks, images)
+
+    def grouped(self, groups: Sequence) -> Outcomes:
+        """The same right and wrong answers by other groups of images than the classes: groups: (N,) the name of each
+        image's. A wrong answer is the group after the own one. Raises ValueError if there is but one."""
+        names, labels = np.unique(np.asarray(groups, str), return_inverse=True)
+        if len(names) < 2:
+            raise ValueError(f"all images are {names[0]!r}: there is nothing to compare")
+        wrong = (labels + 1) % len(names)
+        predictions = {k: np.where(self.correct(k), labels, wrong) for k in self._whole()}
+        return Outcomes(labels, predictions, tuple(map(str, names)), self.attacks, {}, self.images)
 
     def counts(self, attack: str) -> tuple[np.ndarray, np.ndarray]:
         """(correct, n) per class, both (K,) int64."""
@@ -120,6 +217,7 @@ class Outcomes:
             tuple(meta["class_names"]),
             {k: meta["attacks"][k] for k in meta["order"]},
             _tables(meta),
+            tuple(meta.get("images", ())),
         )
 
     def packed(self) -> dict:
@@ -146,6 +244,7 @@ class Outcomes:
             tuple(packed["class_names"]),
             {k: packed["attacks"][k] for k in packed["order"]},
             _tables(packed),
+            tuple(packed.get("images", ())),
         )
 
     def meta(self) -> dict:
@@ -155,6 +254,7 @@ class Outcomes:
             "attacks": self.attacks,
             "order": list(self.attacks),
             "checks": checks,
+            **({"images": list(self.images)} if self.images else {}),
         }
 
 
