@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class ImageSet:
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self):
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] not in (1, 3):

@@ -72,32 +72,39 @@ class Outcomes:
     def from_predictions(
         cls, labels: Sequence, predictions: Mapping[str, Sequence], class_names: Sequence[str] | None = None, **more
     ) -> Outcomes:
-        """From labels and predictions (attack -> one per image, "clean" among them) that are numbers of classes, or
-        names of them. class_names: in the order of the numbers; by default the names in the order of the alphabet, or
-        the numbers as far as there are any. more: as for `Outcomes`."""
-        given = {"labels": labels, **predictions}
-        columns = {k: v.detach().cpu().numpy() if torch.is_tensor(v) else np.asarray(v) for k, v in given.items()}
-        if class_names is None:
-            numbers = all(v.dtype.kind in "iu" for v in columns.values())
-            top = max((int(v.max()) for v in columns.values() if v.size), default=-1) if numbers else 0
-            class_names = range(top + 1) if numbers else sorted({str(x) for v in columns.values() for x in v.flat})
+        """From anybody's labels and predictions (attack -> one per image, "clean" among them).
+
+        They are names of classes, or whole numbers, which count the class names; as text, too, where they are no names
+        themselves. class_names: by default what is found in the labels and in "clean", numbers by size, else by the
+        alphabet. more: as for `Outcomes`. Raises ValueError, with the column and the value, for what is no class.
+        """
+        columns = {k: _plain(k, v) for k, v in {"labels": labels, **predictions}.items()}
+        if unnamed := class_names is None:
+            found = {str(x) for k in ("labels", "clean") for x in columns.get(k, [])}
+            class_names = sorted(found, key=int if all(map(_whole_number, found)) else str)
+            columns = {k: v.astype(str) for k, v in columns.items()}
         names = [str(name) for name in class_names]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two classes have the same name: {', '.join(names)}")
         number = {name: i for i, name in enumerate(names)}
+        if len(number) < len(names):
+            raise ValueError(f"two classes have the same name: {', '.join(names)}")
         for what, values in columns.items():
-            if values.dtype.kind not in "iu":
-                if unknown := {str(x) for x in values.flat} - number.keys():
-                    raise ValueError(f"{what}: {min(unknown)!r} is none of the {len(names)} classes")
-                columns[what] = np.array([number[str(x)] for x in values.flat], np.int64).reshape(values.shape)
+            if values.dtype.kind in "iu":
+                continue
+            if not (odd := set(values.tolist()) - number.keys()):
+                columns[what] = np.array([number[x] for x in values.tolist()], np.int64)
+            elif not unnamed and all(map(_whole_number, values)):
+                columns[what] = values.astype(np.int64)
+            else:
+                where = "found in the labels and in 'clean': give the class names" if unnamed else "that were given"
+                raise ValueError(f"{what}: {min(odd)!r} is none of the {len(names)} classes {where}")
         return cls(columns.pop("labels"), columns, tuple(names), **more)
 
     @classmethod
     def from_table(cls, table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Outcomes:
         """From a table of one row per image: label, clean, a column of predictions for each attack, and, if there is
         one, image: its name. Labels and predictions as for `from_predictions`."""
-        if lost := {"label", "clean"} - set(table.columns):
-            raise ValueError(f"there is no column {min(lost)!r}: label, clean and a column per attack are needed")
+        if lost := [k for k in ("label", "clean") if k not in table]:
+            raise ValueError(f"there is no column {lost[0]!r}: label, clean and one for each attack are needed")
         if (empty := table.isna().any()).any():
             raise ValueError(f"column {table.columns[empty][0]!r} has empty cells: one prediction per image is needed")
         predictions = {k: table[k].to_numpy() for k in ("clean", *table.columns) if k not in ("image", "label")}
@@ -131,13 +138,13 @@ class Outcomes:
         if path.suffix == ".safetensors":
             tensors, meta = read_tensors(path)
             if "labels" not in tensors or "order" not in meta:
-                raise ValueError(f"{path} holds no outcomes")
+                raise ValueError(f"{path} holds no outcomes: it is another file of cfol-nb")
             return cls.from_tensors(tensors, meta)
         if path.suffix != ".csv":
             raise ValueError(f"{path}: outcomes are kept as .safetensors or .csv")
-        try:  # a class may be called "NA"
-            return cls.from_table(pd.read_csv(path, keep_default_na=False, na_values=[""]), class_names)
-        except (ValueError, pd.errors.ParserError) as error:
+        try:  # a class may be called "NA", or "007"
+            return cls.from_table(pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""]), class_names)
+        except ValueError as error:  # of pandas, too
             raise ValueError(f"{path}: {error}") from error
 
     def take(self, index: np.ndarray) -> Outcomes:
@@ -151,7 +158,7 @@ class Outcomes:
         image's. A wrong answer is the group after the own one. Raises ValueError if there is but one."""
         names, labels = np.unique(np.asarray(groups, str), return_inverse=True)
         if len(names) < 2:
-            raise ValueError(f"all images are {names[0]!r}: there is nothing to compare")
+            raise ValueError(f"all images are {str(names[0])!r}: there is nothing to compare")
         wrong = (labels + 1) % len(names)
         predictions = {k: np.where(self.correct(k), labels, wrong) for k in self._whole()}
         return Outcomes(labels, predictions, tuple(map(str, names)), self.attacks, {}, self.images)
@@ -269,6 +276,20 @@ def _classes(what: str, values, k: int) -> np.ndarray:
         bad = values[(values < 0) | (values >= k)][0]
         raise ValueError(f"{what} hold {bad}, which is not in 0..{k - 1} ({k} class names)")
     return values.astype(np.int64, copy=False)
+
+
+def _whole_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
+def _plain(what: str, values) -> np.ndarray:
+    """Integers as they are, else text. Raises ValueError for numbers that may have a fraction."""
+    values = values.detach().cpu().numpy() if torch.is_tensor(values) else np.asarray(values)
+    if values.dtype.kind in "iu":
+        return values
+    if values.dtype.kind == "f":
+        raise ValueError(f"{what} are {values.dtype}: names of classes or whole numbers are needed")
+    return values.astype(str)
 
 
 def _tables(meta: dict) -> dict[str, pd.DataFrame]:
