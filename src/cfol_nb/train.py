@@ -53,6 +53,9 @@ def check(config: RunConfig) -> None:
     if wanted != (config.teacher is not None):
         who = f"objective {config.objective['name']!r} with method {config.method['name']!r}"
         raise ValueError(f"{who} needs a teacher: give the run one" if wanted else f"{who} has no use for a teacher")
+    if objective.attack_loss is None and {"attack", "right"} & method.asks:
+        about = f"method {config.method['name']!r} is about the training attack"
+        raise ValueError(f"{about}: objective {config.objective['name']!r} has none")
     if objective.attack_loss == "kl" and config.training_attack.name == "n-fgsm" and not config.training_attack.k:
         raise ValueError(
             f"training_attack k=0: the KL divergence that {config.objective['name']!r} attacks has no gradient at the "
