@@ -126,7 +126,7 @@ def coverage(
 def simulations(name: str) -> int:
     accuracy, _, how = (CASES | FRESH)[name]
     k = len(accuracy(np.random.default_rng(0)) if callable(accuracy) else accuracy)
-    return 600 // how.get("runs", 1) if k < 40 else 120 if k < 500 else 20
+    return (400 if how.get("runs") else 600) if k < 40 else 200 if k < 500 else 60
 
 
 def case(name: str) -> tuple[dict[str, float], dict[str, float]]:
@@ -135,9 +135,12 @@ def case(name: str) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def main() -> None:
-    every = list(CASES | FRESH)
+    every, found = list(CASES | FRESH), {}
     with ProcessPoolExecutor() as pool:
-        found = dict(zip(every, pool.map(case, every), strict=True))
+        for name, each in zip(every, pool.map(case, every), strict=True):
+            found[name] = held, width = each
+            shown = ", ".join(f"{k} {100 * s:.1f} ({100 * width.get(k, 0):.1f})" for k, s in held.items())
+            print(f"{name:32}", shown, flush=True)
     kept = {
         "simulations": {name: simulations(name) for name in every},
         "fresh": list(FRESH),
@@ -147,8 +150,6 @@ def main() -> None:
         **provenance("cpu"),
     }
     write_json(ROOT / "results/statistics/coverage.json", kept)
-    for name, (held, width) in found.items():
-        print(f"{name:32}", ", ".join(f"{k} {100 * s:.1f} ({100 * width.get(k, 0):.1f})" for k, s in held.items()))
 
 
 if __name__ == "__main__":

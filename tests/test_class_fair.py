@@ -1,15 +1,18 @@
 """Class-fair methods of the literature against known answers."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from cfol_nb.config import RunConfig
+from cfol_nb.data import limit, split
 from cfol_nb.methods import METHODS, Batch, Context
 from cfol_nb.methods.dafa import transfer
 from cfol_nb.objectives import TRADES
-from cfol_nb.train import check
+from cfol_nb.train import Stopped, check, new_model, train
 
 LABELS = torch.arange(30) % 3
 P = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7]], dtype=torch.float64)
@@ -107,9 +110,66 @@ def test_fat_mas_gradient_is_that_of_the_formula():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_robustlt_gives_rare_classes_larger_radii_that_grow():
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor([5000, 1000, 200]))
+    make = METHODS["robustlt"]
+    y, want = torch.tensor([2, 0, 1]), torch.tensor([2.750475, 0.7, 2.149905], dtype=torch.float64)
+    method = make(labels, 3, counts="images", context=Context(epochs=10))
+    for epoch, grown in enumerate([0, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1, 1]):
+        torch.testing.assert_close(method.radius(y), want * grown, rtol=1e-6, atol=0)
+        method.epoch_end(epoch + 1)
+    assert method.radius(labels).mean().item() == pytest.approx(1)
+    torch.testing.assert_close(make(labels, 3, counts="images", context=Context(epochs=10), b=0.0).radius(y), want)
+    assert torch.equal(make(LABELS, 3, counts="images").radius(y), torch.ones(3, dtype=torch.float64))
+    judged = make(LABELS, 3)
+    judged.after_epoch(1, {"robust": torch.tensor([0.9, 0.3, 0.6])})
+    assert judged.radius(torch.arange(3)).argsort().tolist() == [0, 2, 1]
+    assert judged.radius(LABELS).mean().item() == pytest.approx(1)  # over the images that there are
+
+
 @pytest.mark.parametrize(
-    ("name", "given"), [("dafa", {"lam": -1.0}), ("fat-ma", {"alpha": -0.1}), ("fat-ma", {"alpha": float("nan")})]
+    ("name", "given"),
+    [
+        ("dafa", {"lam": -1.0}),
+        ("fat-ma", {"alpha": -0.1}),
+        ("fat-ma", {"alpha": float("nan")}),
+        ("robustlt", {"a": 1.5}),
+        ("robustlt", {"b": -0.1}),
+    ],
 )
 def test_options_out_of_range_are_refused(name, given):
     with pytest.raises(ValueError, match=f"{next(iter(given))}="):
         METHODS[name](LABELS, 3, **given)
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images(digits):
+    return split(limit(digits.train, 24), 0.2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_of_any_method_that_was_stopped_goes_on_to_the_same_bytes(name, tiny, images, tmp_path):
+    cls, path, given = METHODS[name], tmp_path / "c.safetensors", {}
+    needs = {"objective": cls.needs_objective or "trades", "ema": 0.9, "batch_size": 48}
+    needs |= {"parent": tiny()} if cls.needs_parent else {}
+    needs |= {"model": {"name": "smallcnn", "head": "cosine"}} if name == "robal" else {}
+    if "teacher" in cls.asks:
+        needs["teacher"], given["teacher"] = tiny(seed=1), new_model(tiny(seed=1), images[0])
+    config = tiny(method=name, epochs=4, **needs)
+    whole = train(config, *images, **given)
+
+    def stop(done, total):
+        if done == 10:  # in the middle of the third epoch
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(config, *images, checkpoint=path, progress=stop, **given)
+    done = train(config, *images, checkpoint=path, **given)
+    assert done.weights.keys() == whole.weights.keys() >= {"last", "selected", "ema"}
+    for kind, weights in whole.weights.items():
+        assert all(torch.equal(v, done.weights[kind][k]) for k, v in weights.items()), kind
+    assert done.history == whole.history

@@ -182,6 +182,19 @@ def test_image_folder_is_read_exactly_and_cached(tmp_path, monkeypatch):
     assert torch.equal(again.test.images, got.test.images)
 
 
+@pytest.mark.parametrize("parts", [("train", "test"), (".",)])
+def test_images_of_a_folder_keep_the_names_of_their_files(tmp_path, parts):
+    arrays = write_folder(tmp_path / "pets", parts, ("cat", "dog", "hen"))
+    arrays = {os.path.normpath(f"{k}.png"): a for k, a in arrays.items()}
+    got = load(f"imagefolder:{tmp_path / 'pets'}", split_seed=1)
+    some = split(limit(got.train, 4), 0.5, 0)
+    for images in (got.train, got.test, *some, leave_out(got.train, ["cat"])):
+        assert len(images.files) == len(images) > 0
+        for file, image, label in zip(images.files, images.images, images.labels, strict=True):
+            np.testing.assert_array_equal(arrays[file], image.permute(1, 2, 0))
+            assert f"{images.class_names[label]}/" in file
+
+
 def test_the_cache_key_and_the_runs_identity_change_with_the_folder(tmp_path):
     write_folder(tmp_path / "pets")
     name = f"imagefolder:{tmp_path / 'pets'}"

@@ -166,6 +166,7 @@ def test_storing_a_notebook_renews_what_the_readme_shows_of_it(toy, tmp_path, mo
     (tmp_path / "README.md").write_text(
         "before <!-- sum --> old <!-- /sum --> after <!-- other --> kept <!-- /other -->"
     )
+    (tmp_path / "docs/page.md").write_text("a <!-- sum -->x<!-- /sum --> b")
     monkeypatch.setattr(headless, "ROOT", tmp_path)
     source = toy(
         "print('<!-- sum -->', 1 + 2, '<!-- /sum --> and <!-- nowhere --> x <!-- /nowhere -->')",
@@ -174,6 +175,7 @@ def test_storing_a_notebook_renews_what_the_readme_shows_of_it(toy, tmp_path, mo
     headless.store(source)
     text = "before <!-- sum --> 3 <!-- /sum --> after <!-- other --> kept <!-- /other -->"
     assert (tmp_path / "README.md").read_text() == text
+    assert (tmp_path / "docs/page.md").read_text() == "a <!-- sum --> 3 <!-- /sum --> b"
     assert headless.shared(source)[1].keys() == {"docs/empty.png"}
     assert (tmp_path / "docs/empty.png").read_bytes().startswith(b"\x89PNG")
 

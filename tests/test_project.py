@@ -24,7 +24,8 @@ from cfol_nb.files import ROOT, read_json
 from cfol_nb.stats import counts, headline, stated, summary
 from cfol_nb.suite import listing, published
 
-README = (ROOT / "README.md").read_text()
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in headless.pages()}
+README, RESULTS = PAGES["README.md"], PAGES["docs/results.md"]
 LOCK = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines()]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -299,35 +300,58 @@ def test_environment_yml_is_python_pip_and_the_lock():
     assert pip == ["-r requirements.lock", "-e ."]
 
 
-def test_readmes_code_runs(tmp_path, monkeypatch):
-    """Its loops, as they are printed, with a tiny network and data set."""
+BLOCKS = [
+    pytest.param(name, code, id=f"{name} {i}")
+    for name, text in PAGES.items()
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.S))
+]
+
+
+@pytest.mark.parametrize(("page", "code"), BLOCKS)
+def test_code_of_the_readme_and_of_docs_runs(page, code, world, tmp_path, monkeypatch):
+    """As it is printed, with a tiny network and data set."""
+    monkeypatch.chdir(tmp_path)
+    exec(code, world)
+    if "sampler" in world:
+        assert len([line for line in code.splitlines() if line and not line.startswith(("from", "import"))]) <= 11
+        assert world["sampler"].p.sum().item() == pytest.approx(1)
+        assert world["sampler"].w.max() > 0
+        correct = (world["model"](world["images"]).argmax(1) == world["labels"]).double().mean()
+        assert correct > 0.9
+    if "audit.html" in code:
+        assert (tmp_path / "audit.html").exists()
+
+
+@pytest.fixture
+def world():
+    """What the pages' code takes as given."""
+    from cfol_nb.outcomes import Outcomes
+
     labels = torch.arange(160) % 4
     torch.manual_seed(0)
     images = 0.2 * torch.rand(160, 3, 8, 8)
     images[torch.arange(160), 0, 2 * labels] = 0.9  # one row of pixels tells the class
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
-    names = {
+    runs = {}
+    for i, name in enumerate(("outcomes", "a", "b", "c", "better", "plain")):
+        wrong = (torch.rand(160, generator=torch.Generator().manual_seed(i)) < 0.1).long()
+        runs[name] = Outcomes(
+            labels.numpy(), {"clean": labels.numpy(), "pgd20": ((labels + wrong) % 4).numpy()}, [*"abcd"]
+        )
+    return {
         "labels": labels,
         "images": images,
         "epochs": 8,
         "dataset": torch.utils.data.TensorDataset(images, labels),
         "model": model,
         "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+        "names": tuple("abcd"),
+        **runs,
     }
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 3
-    names["names"] = tuple("abcd")
-    monkeypatch.chdir(tmp_path)
-    assert len([line for line in blocks[0].splitlines() if line and not line.startswith(("from", "import"))]) <= 11
-    for block in blocks:
-        exec(block, names)
-    assert names["sampler"].p.sum().item() == pytest.approx(1)
-    assert names["sampler"].w.max() > 0
-    assert names["outcomes"].correct("pgd20").mean() > 0.9
 
 
-def test_readmes_tables_are_those_of_the_published_runs():
-    shown = re.search(r"<!-- cifar10 -->\n(.*?)<!-- /cifar10 -->", README, re.S)[1]
+def test_results_tables_are_those_of_the_published_runs():
+    shown = re.search(r"<!-- cifar10 -->\n(.*?)<!-- /cifar10 -->", RESULTS, re.S)[1]
     usual = listing(published()).query("dataset == 'cifar10' and objective == 'at' and variant == ''")
     usual = usual[usual["network"].eq("preactresnet18 16")].groupby(["size", "method"])["outcomes"].agg(list)
     lines, rest = shown.splitlines()[2:], " ".join(shown.split("minus ERM-AT")[1].split())
@@ -351,18 +375,49 @@ def test_readmes_tables_are_those_of_the_published_runs():
         assert f"with {n} training images {'; '.join(said)}" in rest
 
 
-def test_readme_shows_what_the_stored_notebooks_print_and_draw():
+def test_the_readme_opens_with_the_published_runs():
+    """Counted here from the predictions: mean and worst class of the averaged weights under PGD-20."""
+    shown = re.search(r"<!-- front -->\n(.*?)<!-- /front -->", README, re.S)[1]
+    rows = {line.split("|")[1].strip().split(":")[0]: line for line in shown.splitlines() if line.startswith("| ")}
+    values = {}
+    for method in ("erm", "cfol"):
+        (run,) = (
+            r
+            for r in published(name=f"cifar10-at-{method}-s0-*")
+            if "ema" in r.outcomes and r.config.train_limit is None and r.config.model["width"] == 16
+        )
+        kept = run.outcomes["ema"]
+        right = kept.predictions["pgd20"] == kept.labels
+        classes = [100 * right[kept.labels == k].mean() for k in range(10)]
+        values[method] = 100 * right.mean(), min(classes)
+        cells = rows[method.upper()].split("|")[2:4]
+        assert [float(cell.split()[0]) for cell in cells] == pytest.approx(values[method], abs=0.0501)
+        if method == "erm":
+            weakest = kept.class_names[classes.index(min(classes))]
+            assert (
+                f"{values['erm'][0]:.0f} % of attacked images, but on {values['erm'][1]:.0f} % of the {weakest}s"
+                in shown
+            )
+    cells = rows["CFOL minus ERM, same images"].split("|")[2:4]
+    gains = [a - b for a, b in zip(values["cfol"], values["erm"], strict=True)]
+    assert [float(cell.split()[0]) for cell in cells] == pytest.approx(gains, abs=0.0501)
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 9000
+
+
+def test_pages_show_what_the_stored_notebooks_print_and_draw():
     texts, pictures = {}, {}
     for path in headless.notebooks():
         more, drawn = headless.shared(path)
         assert not texts.keys() & more.keys()
         assert not pictures.keys() & drawn.keys()
         texts, pictures = texts | more, pictures | drawn
-    assert texts.keys() == set(re.findall(r"<!-- (\w+) -->", README))
-    assert all(block in README for block in texts.values())
-    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
-    pages = {f"docs/{name}" for name in re.findall(r"\]\((\w+\.png)\)", pages)}
-    assert pictures.keys() == set(re.findall(r"\]\((docs/\w+\.png)\)", README)) | pages
+    every = "".join(PAGES.values())
+    assert sorted(texts) == sorted(re.findall(r"<!-- (\w+) -->", every.replace("<!-- name -->", "")))
+    assert all(block in every for block in texts.values())
+    assert pictures.keys() == {f"docs/{name}" for name in re.findall(r"\]\((?:docs/)?(\w+\.png)\)", every)}
     assert all((ROOT / name).read_bytes() == picture for name, picture in pictures.items())
 
 
@@ -381,12 +436,23 @@ def test_published_runs_are_whole_and_say_where_they_come_from():
                 assert n.tolist() == kept["n"]
 
 
-def test_readme_names_what_exists():
+def _anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_pages_name_what_exists(page):
     made = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"`?make ([a-z]+)", README)) <= made
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
-    for name in re.findall(r"^    ([a-z]+)/ ", README, re.M):
+    text = (ROOT / page).read_text()
+    assert set(re.findall(r"(?:`|^    )make ([a-z]+)", text, re.M)) <= made
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        place, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / place if place else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target.read_text()), link
+    for name in re.findall(r"^\| `([a-z]+/(?:[a-z_]+/)?)` \|", text, re.M):
         assert (ROOT / name).is_dir(), name
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -529,6 +530,94 @@ def test_integers_of_any_kind_are_taken(kind):
 def test_outcomes_that_cannot_be_are_refused(labels, predictions, more, says):
     with pytest.raises(ValueError, match=says):
         Outcomes(labels, predictions, ("x", "y"), **more)
+
+
+def test_anybodys_predictions_become_outcomes(tmp_path):
+    """By names, by numbers, and as a CSV: what they say is counted by hand."""
+    label, clean, attacked = list("bab"), list("bba"), list("aba")
+    of_names = Outcomes.from_predictions(label, {"pgd": attacked, "clean": clean})
+    of_numbers = Outcomes.from_predictions([1, 0, 1], {"clean": torch.tensor([1, 1, 0]), "pgd": [0, 1, 0]}, ["a", "b"])
+    (tmp_path / "p.csv").write_text("pgd,image,label,clean\na,1.png,b,b\nb,2.png,a,b\na,3.png,b,a\n")
+    (tmp_path / "n.csv").write_text("label,clean,pgd\n1,1,0\n0,1,1\n1,0,0\n")
+    of_csv = Outcomes.load(tmp_path / "p.csv")
+    for o in (of_names, of_numbers, of_csv, Outcomes.load(tmp_path / "n.csv", ["a", "b"])):
+        assert o.class_names == ("a", "b")
+        assert list(o.predictions) == ["clean", "pgd"]
+        assert o.labels.tolist() == [1, 0, 1]
+        assert o.predictions["clean"].tolist() == [1, 1, 0]
+        assert o.predictions["pgd"].tolist() == [0, 1, 0]
+    assert of_csv.images == ("1.png", "2.png", "3.png")
+    assert Outcomes.load(tmp_path / "n.csv").class_names == ("0", "1")
+    assert Outcomes.from_predictions([10, 9], {"clean": [9, 9]}).class_names == ("9", "10")  # those that there are
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".safetensors"])
+@pytest.mark.parametrize("names", [("7", "3"), ("NA", "nan"), ("a, b", ' "c"'), ("007", "7")])
+def test_outcomes_are_kept_as_one_file(tmp_path, suffix, names):
+    checks = {"pgd": pd.DataFrame([("a", "ok", "b")], columns=["check", "verdict", "seen"])}
+    o = Outcomes(
+        [0, 1, 1], {"clean": [0, 1, 0], "pgd": [1, 1, 0]}, names, {"pgd": {"eps": 0.1}}, checks, ("x", "y", "z")
+    )
+    again = Outcomes.load(o.save(tmp_path / f"o{suffix}"), names)
+    assert (again.class_names, again.images) == (o.class_names, o.images)
+    for name, values in o.predictions.items():
+        np.testing.assert_array_equal(again.predictions[name], values)
+    if suffix == ".safetensors":
+        assert again.attacks == o.attacks
+        pd.testing.assert_frame_equal(again.checks["pgd"], checks["pgd"])
+    else:
+        assert set(Outcomes.load(tmp_path / "o.csv").class_names) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "says"),
+    [
+        ("label,pgd\na,a\n", None, "no column 'clean'"),
+        ("label,clean\na,a\nb,\n", None, "'clean' has empty cells"),
+        ("label,clean,site\na,b,north\nb,b,x\n", None, "site: 'north' is none of the 2 classes found in the labels"),
+        ("label,clean,pgd\n0,2,1\n", None, "pgd: '1' is none of the 2 classes found"),
+        ("label,clean\na,b\n", ["a", "c"], "clean: 'b' is none of the 2 classes that were given"),
+        ("label,clean\n0,2\n", ["a", "c"], "'clean' hold 2, which is not in 0..1"),
+        ("label,clean\n0,0.5\n", ["a", "c"], "clean: '0.5' is none of"),
+        ("label,clean\na,a\n", ["a", "a"], "same name"),
+        ("image,label,clean\nx,a,a\nx,b,b\n", None, "1 images have the name of another one"),
+        ("", None, "No columns"),
+        ("label,clean\na,a,a,a\nb\n", None, "p.csv"),
+    ],
+)
+def test_a_table_of_predictions_that_does_not_fit_is_refused(tmp_path, text, names, says):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(ValueError, match=says) as error:
+        Outcomes.load(tmp_path / "p.csv", names)
+    assert str(tmp_path / "p.csv") in str(error.value)
+
+
+def test_other_files_are_no_outcomes(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        Outcomes.load(tmp_path / "o.csv")
+    (tmp_path / "o.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"as .safetensors or .csv"):
+        Outcomes.load(tmp_path / "o.json")
+    write_tensors(tmp_path / "o.safetensors", {"a": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match="holds no outcomes"):
+        Outcomes.load(tmp_path / "o.safetensors")
+    with pytest.raises(ValueError, match="clean are float64"):
+        Outcomes.from_predictions([0, 1], {"clean": np.array([0.0, 1.0])})
+
+
+def test_some_of_the_images_and_other_groups_of_them():
+    o = Outcomes([0, 1, 1, 0], {"clean": [0, 1, 0, 1], "pgd": [1, 1, 0, 1]}, ("a", "b"), images="wxyz")
+    some = o.take(np.array([2, 0]))
+    assert some.labels.tolist() == [1, 0]
+    assert some.predictions["pgd"].tolist() == [0, 1]
+    assert some.images == ("y", "w")
+    by_site = o.grouped(["s", "n", "s", "n"])
+    assert by_site.class_names == ("n", "s")
+    for attack in o.predictions:
+        np.testing.assert_array_equal(by_site.correct(attack), o.correct(attack))
+    assert by_site.counts("pgd")[0].tolist() == [1, 0]
+    with pytest.raises(ValueError, match="all images are 's'"):
+        o.grouped(["s"] * 4)
 
 
 def test_predictions_that_were_slipped_in_are_not_packed_away():

@@ -4,7 +4,32 @@ import contextlib as _contextlib
 import ctypes as _ctypes
 import os as _os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+# What most people need, by the module that holds it: imported when it is first asked for.
+_NAMES = {
+    "ClassSampler": "samplers",
+    "ExampleSampler": "samplers",
+    "Outcomes": "outcomes",
+    "RunConfig": "config",
+    "class_table": "stats",
+    "compute": "runs",
+    "load": "data",
+    "pgd": "attacks",
+    "summary": "stats",
+}
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name: str):
+    from importlib import import_module
+
+    if name not in _NAMES:
+        raise AttributeError(f"module 'cfol_nb' has no attribute {name!r}")
+    return getattr(import_module(f"cfol_nb.{_NAMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def _keep_freed_memory() -> None:

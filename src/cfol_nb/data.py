@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 
@@ -35,7 +35,8 @@ class Skipped(UserWarning):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: (N, C, H, W) uint8. labels: (N,) int64 in 0..K-1. class_names: K strings.
+    """images: (N, C, H, W) uint8. labels: (N,) int64 in 0..K-1. class_names: K strings. files: where images are of a
+    folder, the path of each below it.
 
     Raises ValueError for a label out of range, for lengths that differ, and for a class without images.
     """
@@ -43,6 +44,7 @@ class ImageSet:
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    files: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self):
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] not in (1, 3):
@@ -74,7 +76,8 @@ class ImageSet:
     def __getitem__(self, index) -> ImageSet:
         """The images at these indices, in this order."""
         index = torch.as_tensor(index)
-        return ImageSet(self.images[index], self.labels[index], self.class_names)
+        files = np.array(self.files, object)[index.cpu().numpy()] if self.files else ()
+        return ImageSet(self.images[index], self.labels[index], self.class_names, tuple(files))
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel of the images in [0, 1]."""
@@ -128,9 +131,10 @@ def split(images: ImageSet, fraction: float, seed: int = 0, *, in_place: bool = 
     if not in_place:
         return images[rest], images[part]
     order, n = np.concatenate([rest, part]), len(rest)
-    labels = images.labels[order]
+    labels, files = images.labels[order], tuple(images.files[i] for i in order if images.files)
     _arrange(images.images.numpy(), order.tolist())
-    return tuple(ImageSet(images.images[s], labels[s], images.class_names) for s in (slice(n), slice(n, None)))
+    parts = slice(n), slice(n, None)
+    return tuple(ImageSet(images.images[s], labels[s], images.class_names, files[s]) for s in parts)
 
 
 def _arrange(rows: np.ndarray, order: list[int]) -> None:
@@ -178,8 +182,9 @@ def leave_out(images: ImageSet, names: Sequence[str]) -> ImageSet:
         return images
     label = torch.full((len(images.class_names),), -1)
     label[kept] = torch.arange(len(kept))
-    y = label[images.labels]
-    return ImageSet(images.images[y >= 0], y[y >= 0], tuple(images.class_names[c] for c in kept))
+    y, names = label[images.labels], tuple(images.class_names[c] for c in kept)
+    files = tuple(file for file, has in zip(images.files, (y >= 0).tolist(), strict=False) if has)
+    return ImageSet(images.images[y >= 0], y[y >= 0], names, files)
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -635,11 +640,14 @@ def _imagefolder(name: str, side: int | None, split_seed: int | None) -> DataSet
         return tensors, [c for c, _ in listing["train"]]
 
     tensors, names = _cached(root.name, {"listing": key, "side": side}, read)
+    paths = {part: [str(f.relative_to(root)) for _, own in classes for f in own] for part, classes in listing.items()}
     if "test.images" not in tensors:
-        whole = ImageSet(tensors["train.images"], tensors["train.labels"], tuple(names))
+        whole = ImageSet(tensors["train.images"], tensors["train.labels"], tuple(names), tuple(paths["train"]))
         parts = (whole, whole) if split_seed is None else split(whole, 0.2, split_seed, in_place=True)
         return DataSet(name, *parts, crop=4, flip=True)
-    return _dataset(name, tensors, names, crop=4, flip=True)
+    found = _dataset(name, tensors, names, crop=4, flip=True)
+    parts = {part: replace(getattr(found, part), files=tuple(own)) for part, own in paths.items()}
+    return replace(found, **parts)
 
 
 def prepare(config: RunConfig) -> tuple[ImageSet, ImageSet, DataSet]:

@@ -47,6 +47,11 @@ def notebooks() -> list[Path]:
     return sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 
+def pages() -> list[Path]:
+    """The README and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def find(name: str) -> Path:
     """A notebook by path, file name, or the number it starts with."""
     path = Path(name)
@@ -262,8 +267,8 @@ def headlines(path: Path) -> list[str]:
 
 
 def shared(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
-    """What an executed notebook gives to the README: texts that it prints between <!-- name --> and <!-- /name -->, by
-    name, with these marks; and figures of cells that end with a comment '# docs/NAME.png', by that path."""
+    """What an executed notebook gives to README and docs/: texts that it prints between <!-- name --> and
+    <!-- /name -->, by name, with these marks; and figures of cells that end with '# docs/NAME.png', by that path."""
     texts, pictures = {}, {}
     for cell in nbformat.read(path, 4).cells:
         for output in cell.get("outputs", ()):
@@ -277,7 +282,7 @@ def shared(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
 def store(source: Path) -> None:
     """Run a notebook with its defaults and keep the result, cleaned of times, as the stored run in `notebooks/`.
 
-    What it gives to the README is renewed there.
+    What it gives to the README and the pages of docs/ is renewed there.
     """
     executed = nbformat.read(run(source), 4)
     for cell in executed.cells:
@@ -288,12 +293,13 @@ def store(source: Path) -> None:
     with replacing(source) as part:
         nbformat.write(executed, part)
     texts, pictures = shared(source)
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, block in texts.items():
-        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.S)
-    with replacing(readme) as part:
-        part.write_text(text)
+    for page in pages():
+        text = old = page.read_text()
+        for name, block in texts.items():
+            text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.S)
+        if text != old:
+            with replacing(page) as part:
+                part.write_text(text)
     for name, picture in pictures.items():
         with replacing(ROOT / name) as part:
             part.write_bytes(picture)

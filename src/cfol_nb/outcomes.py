@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cfol_nb.autoattack import Evaluation
+from cfol_nb.files import read_tensors, replacing, write_tensors
 
 COLUMNS = ["check", "verdict", "seen"]  # of a checklist
 
@@ -20,10 +22,11 @@ COLUMNS = ["check", "verdict", "seen"]  # of a checklist
 @dataclass(frozen=True)
 class Outcomes:
     """labels: (N,) int64. predictions: attack name -> (N,) int64, "clean" first. attacks: their settings. checks:
-    attack name -> can its numbers be trusted (`checks.checklist`)?
+    attack name -> can its numbers be trusted (`checks.checklist`)? images: the name of each, where they are known.
 
     Integers of any type are taken, also as tensors or lists; an attack without settings has empty ones. Raises
-    ValueError for classes out of range, for lengths that differ, and for settings or checks without predictions.
+    ValueError for classes out of range, for lengths that differ, for two images of one name, and for settings or checks
+    without predictions.
     """
 
     labels: np.ndarray
@@ -31,6 +34,7 @@ class Outcomes:
     class_names: tuple[str, ...]
     attacks: dict[str, dict] = field(default_factory=dict)
     checks: dict[str, pd.DataFrame] = field(default_factory=dict)
+    images: tuple[str, ...] = ()
 
     def __post_init__(self):
         names = tuple(self.class_names)
@@ -48,8 +52,13 @@ class Outcomes:
             ("predictions", {}),
             ("attacks", {k: self.attacks.get(k, {}) for k in given if k != "clean"}),
             ("checks", dict(self.checks)),
+            ("images", tuple(map(str, self.images))),
         ):
             object.__setattr__(self, field_, value)
+        if len(self.images) not in (0, len(self.labels)):
+            raise ValueError(f"{len(self.images)} names of images, but {len(self.labels)} labels")
+        if twice := len(self.images) - len(set(self.images)):
+            raise ValueError(f"{twice} images have the name of another one")
         for name, values in given.items():
             self._keep(name, values)
 
@@ -58,6 +67,101 @@ class Outcomes:
         if len(values) != len(self.labels):
             raise ValueError(f"{len(values)} predictions {name!r}, but {len(self.labels)} labels")
         self.predictions[name] = values
+
+    @classmethod
+    def from_predictions(
+        cls, labels: Sequence, predictions: Mapping[str, Sequence], class_names: Sequence[str] | None = None, **more
+    ) -> Outcomes:
+        """From anybody's labels and predictions (attack -> one per image, "clean" among them).
+
+        They are names of classes, or whole numbers, which count the class names; as text, too, where they are no names
+        themselves. class_names: by default what is found in the labels and in "clean", numbers by size, else by the
+        alphabet. more: as for `Outcomes`. Raises ValueError, with the column and the value, for what is no class.
+        """
+        columns = {k: _plain(k, v) for k, v in {"labels": labels, **predictions}.items()}
+        if unnamed := class_names is None:
+            found = {str(x) for k in ("labels", "clean") for x in columns.get(k, [])}
+            class_names = sorted(found, key=int if all(map(_whole_number, found)) else str)
+            columns = {k: v.astype(str) for k, v in columns.items()}
+        names = [str(name) for name in class_names]
+        number = {name: i for i, name in enumerate(names)}
+        if len(number) < len(names):
+            raise ValueError(f"two classes have the same name: {', '.join(names)}")
+        for what, values in columns.items():
+            if values.dtype.kind in "iu":
+                continue
+            if not (odd := set(values.tolist()) - number.keys()):
+                columns[what] = np.array([number[x] for x in values.tolist()], np.int64)
+            elif not unnamed and all(map(_whole_number, values)):
+                columns[what] = values.astype(np.int64)
+            else:
+                where = "found in the labels and in 'clean': give the class names" if unnamed else "that were given"
+                raise ValueError(f"{what}: {min(odd)!r} is none of the {len(names)} classes {where}")
+        return cls(columns.pop("labels"), columns, tuple(names), **more)
+
+    @classmethod
+    def from_table(cls, table: pd.DataFrame, class_names: Sequence[str] | None = None) -> Outcomes:
+        """From a table of one row per image: label, clean, a column of predictions for each attack, and, if there is
+        one, image: its name. Labels and predictions as for `from_predictions`."""
+        if lost := [k for k in ("label", "clean") if k not in table]:
+            raise ValueError(f"there is no column {lost[0]!r}: label, clean and one for each attack are needed")
+        if (empty := table.isna().any()).any():
+            raise ValueError(f"column {table.columns[empty][0]!r} has empty cells: one prediction per image is needed")
+        predictions = {k: table[k].to_numpy() for k in ("clean", *table.columns) if k not in ("image", "label")}
+        images = table.get("image", ())
+        return cls.from_predictions(table["label"].to_numpy(), predictions, class_names, images=images)
+
+    def table(self) -> pd.DataFrame:
+        """What `from_table` takes, with names of classes: one row per image."""
+        names = np.array(self.class_names, object)
+        own = {"image": list(self.images)} if self.images else {}
+        return pd.DataFrame(own | {"label": names[self.labels]} | {k: names[v] for k, v in self._whole().items()})
+
+    def save(self, path: Path) -> Path:
+        """One file: .safetensors with all of it, or .csv, which is `table` alone."""
+        path = Path(path)
+        if path.suffix == ".csv":
+            with replacing(path) as part:
+                self.table().to_csv(part, index=False)
+        elif path.suffix == ".safetensors":
+            write_tensors(path, self.tensors(), self.meta())
+        else:
+            raise ValueError(f"{path}: outcomes are kept as .safetensors or .csv")
+        return path
+
+    @classmethod
+    def load(cls, path: Path, class_names: Sequence[str] | None = None) -> Outcomes:
+        """What `save` wrote, or anybody's .csv of these columns; class_names: of a .csv, see `from_predictions`."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        if path.suffix == ".safetensors":
+            tensors, meta = read_tensors(path)
+            if "labels" not in tensors or "order" not in meta:
+                raise ValueError(f"{path} holds no outcomes: it is another file of cfol-nb")
+            return cls.from_tensors(tensors, meta)
+        if path.suffix != ".csv":
+            raise ValueError(f"{path}: outcomes are kept as .safetensors or .csv")
+        try:  # a class may be called "NA", or "007"
+            return cls.from_table(pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""]), class_names)
+        except ValueError as error:  # of pandas, too
+            raise ValueError(f"{path}: {error}") from error
+
+    def take(self, index: np.ndarray) -> Outcomes:
+        """These images alone, in this order."""
+        predictions = {k: v[index] for k, v in self._whole().items()}
+        images = [self.images[i] for i in index] if self.images else ()
+        return Outcomes(self.labels[index], predictions, self.class_names, self.attacks, self.checks, images)
+
+    def grouped(self, groups: Sequence) -> Outcomes:
+        """The same right and wrong answers by other groups of images than the classes: groups: (N,) the name of each
+        image's. A wrong answer is the group after the own one. Raises ValueError if there is but one."""
+        names, labels = np.unique(np.asarray(groups, str), return_inverse=True)
+        if len(names) < 2:
+            raise ValueError(f"all images are {str(names[0])!r}: there is nothing to compare")
+        wrong = (labels + 1) % len(names)
+        predictions = {k: np.where(self.correct(k), labels, wrong) for k in self._whole()}
+        return Outcomes(labels, predictions, tuple(map(str, names)), self.attacks, {}, self.images)
 
     def counts(self, attack: str) -> tuple[np.ndarray, np.ndarray]:
         """(correct, n) per class, both (K,) int64."""
@@ -120,6 +224,7 @@ class Outcomes:
             tuple(meta["class_names"]),
             {k: meta["attacks"][k] for k in meta["order"]},
             _tables(meta),
+            tuple(meta.get("images", ())),
         )
 
     def packed(self) -> dict:
@@ -146,6 +251,7 @@ class Outcomes:
             tuple(packed["class_names"]),
             {k: packed["attacks"][k] for k in packed["order"]},
             _tables(packed),
+            tuple(packed.get("images", ())),
         )
 
     def meta(self) -> dict:
@@ -155,6 +261,7 @@ class Outcomes:
             "attacks": self.attacks,
             "order": list(self.attacks),
             "checks": checks,
+            **({"images": list(self.images)} if self.images else {}),
         }
 
 
@@ -169,6 +276,20 @@ def _classes(what: str, values, k: int) -> np.ndarray:
         bad = values[(values < 0) | (values >= k)][0]
         raise ValueError(f"{what} hold {bad}, which is not in 0..{k - 1} ({k} class names)")
     return values.astype(np.int64, copy=False)
+
+
+def _whole_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
+def _plain(what: str, values) -> np.ndarray:
+    """Integers as they are, else text. Raises ValueError for numbers that may have a fraction."""
+    values = values.detach().cpu().numpy() if torch.is_tensor(values) else np.asarray(values)
+    if values.dtype.kind in "iu":
+        return values
+    if values.dtype.kind == "f":
+        raise ValueError(f"{what} are {values.dtype}: names of classes or whole numbers are needed")
+    return values.astype(str)
 
 
 def _tables(meta: dict) -> dict[str, pd.DataFrame]:

@@ -53,14 +53,16 @@ def check(config: RunConfig) -> None:
     if wanted != (config.teacher is not None):
         who = f"objective {config.objective['name']!r} with method {config.method['name']!r}"
         raise ValueError(f"{who} needs a teacher: give the run one" if wanted else f"{who} has no use for a teacher")
-    if config.training_attack.name == "n-fgsm":
-        if objective.attack_loss == "kl" and not config.training_attack.k:
-            raise ValueError(
-                f"training_attack k=0: the KL divergence that {config.objective['name']!r} attacks has no gradient at "
-                "the image itself, so k > 0 is needed"
-            )
-        if not objective.random_start:
-            raise ValueError(f"objective {config.objective}: training_attack='n-fgsm' has a start of its own")
+    if objective.attack_loss is None and {"attack", "right"} & method.asks:
+        about = f"method {config.method['name']!r} is about the training attack"
+        raise ValueError(f"{about}: objective {config.objective['name']!r} has none")
+    if objective.attack_loss == "kl" and config.training_attack.name == "n-fgsm" and not config.training_attack.k:
+        raise ValueError(
+            f"training_attack k=0: the KL divergence that {config.objective['name']!r} attacks has no gradient at the "
+            "image itself, so k > 0 is needed"
+        )
+    if config.training_attack.name == "n-fgsm" and not objective.random_start:
+        raise ValueError(f"objective {config.objective}: training_attack='n-fgsm' has a start of its own")
     if config.remake is not None:
         own = options("remake", config.remake, REMAKES, given=("model", "images", "seed", "progress"))
         if bad := [f"{k}={v}" for k, v in own.items() if not v > 0]:

@@ -63,7 +63,7 @@ class Method(nn.Module):
     needs_parent = False  # whether it makes sense only for a run that starts from another one's weights
     needs_objective: str | None = None  # the only objective that it makes sense for
     # What it wants and costs something. Of the batch: "clean", "right", "teacher". Of the report: "losses"; "start",
-    # a look before the first step.
+    # a look before the first step. "attack", as "right": an objective that has one.
     asks: frozenset[str] = frozenset()
 
     def __init__(

@@ -34,16 +34,17 @@ class DAFA(Method):
     away there.
     """
 
+    share = 7 / 11  # of the run, before weights move
+
     def __init__(self, *run, lam: float = 1.0, warm_up: int | None = None, **named):
         super().__init__(*run, **named)
         epochs = self.context.epochs
         if not 0 <= lam < float("inf"):
             raise ValueError(f"lam={lam} is not a finite number >= 0")
-        self.lam, self.warm_up = lam, max(1, round(epochs * 7 / 11)) if warm_up is None else warm_up
+        self.lam, self.warm_up = lam, max(1, round(epochs * self.share)) if warm_up is None else warm_up
         if not 1 <= self.warm_up < (epochs or float("inf")):
-            raise ValueError(
-                f"warm_up={self.warm_up} of dafa: 1 or more epochs, and fewer than the {epochs} of the run"
-            )
+            given = f"warm_up={self.warm_up} of {type(self).__name__.lower()}"
+            raise ValueError(f"{given}: 1 or more epochs, and fewer than the {epochs} of the run")
         for name, shape in (("said", (self.num_classes,) * 2), ("drawn", self.num_classes)):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("weights", torch.ones(self.num_classes, dtype=torch.float64))
