@@ -127,6 +127,89 @@ def test_robustlt_gives_rare_classes_larger_radii_that_grow():
     assert judged.radius(LABELS).mean().item() == pytest.approx(1)  # over the images that there are
 
 
+def told(y, right):
+    """Of a step: logits (n, 3) that are right where said."""
+    return Batch(None, y, torch.eye(3)[torch.where(right, y, (y + 1) % 3)])
+
+
+def cfa(beta=6.0, epochs=4, right=(6, 2, 4), **given):
+    """After an epoch in which so many of ten images a class were right under attack."""
+    method = METHODS["cfa"](LABELS, 3, context=Context(epochs=epochs, beta=beta), **given)
+    if right:
+        y = torch.arange(3).repeat_interleave(10)
+        method.after_step(told(y, torch.arange(10).repeat(3) < torch.tensor(right)[y]))
+        method.epoch_end(1)
+    return method
+
+
+def test_cfa_follows_the_training_accuracy_of_the_last_epoch():
+    y = torch.arange(3)
+    method = cfa(lam1=0.5)
+    np.testing.assert_allclose(method.radius(y), [1.1, 0.7, 0.9])
+    np.testing.assert_allclose(6 * method.boundary(y), [6.6, 4.2, 5.4])
+    np.testing.assert_allclose(method.weigh(Batch(None, y)), [0.131579, 0.192308, 0.15625], rtol=3e-6)
+    loss = (1.2 + 6 * method.boundary(y) * 0.3) * method.weigh(Batch(None, y))  # as TRADES has it
+    assert loss[1].item() == pytest.approx(0.473077, rel=1e-6)
+    method.after_step(told(torch.tensor([0, 0, 1]), torch.tensor([True, False, True])))  # class 2 is not drawn
+    method.epoch_end(2)
+    np.testing.assert_allclose(method.radius(y), [1.0, 1.5, 0.9])
+    np.testing.assert_allclose(cfa().radius(y), [0.9, 0.5, 0.7])
+    at = cfa(beta=None)
+    np.testing.assert_allclose(at.radius(y), [1.1, 0.7, 0.9])
+    assert (at.boundary(y), at.weigh(Batch(None, y))) == (None, None)
+
+
+def test_cfas_parts_can_be_switched_and_its_radii_wait():
+    y, ones = torch.arange(3), np.ones(3)
+    report = {"robust": torch.full((3,), 0.3)}
+    for off in ("ccm", "ccr", "fawa"):
+        method = cfa(**{off: False})
+        assert (method.radius(y) is None) == (off == "ccm")
+        assert (method.boundary(y) == 1).all() == (off == "ccr")
+        assert (method.average(report) is None) == (off == "fawa")
+    control = cfa(ccm=False, ccr=False, fawa=False)
+    np.testing.assert_array_equal(control.boundary(y), ones)
+    np.testing.assert_allclose(control.weigh(Batch(None, y)), ones / 7)
+    waits = cfa(begin=2)
+    np.testing.assert_array_equal(waits.radius(y), ones)
+    np.testing.assert_allclose(waits.boundary(y), [1.1, 0.7, 0.9])
+    assert METHODS["cfa"](LABELS, 3, context=Context(epochs=200)).begin == 10
+    np.testing.assert_array_equal(cfa(right=None).boundary(y), ones)
+
+
+def test_fawa_averages_from_the_first_fair_look_on():
+    method, mean, seen = METHODS["fawa"](LABELS, 3, context=Context(epochs=4)), 0.0, []
+    for theta, worst in ((1, 0.1), (2, 0.25), (3, 0.3), (4, 0.1)):
+        d = float(method.average({"robust": torch.tensor([0.9, worst, 0.9])}))
+        mean = d * mean + (1 - d) * theta
+        seen.append(mean)
+    assert seen == pytest.approx([1, 2, 2.15, 2.15], rel=1e-12)
+    assert method.complaint([{}] * 4) == ""
+    never = METHODS["fawa"](LABELS, 3, context=Context(epochs=2))
+    assert float(never.average({"robust": torch.tensor([0.1, 0.5, 0.5])})) == 0
+    assert [bool(never.complaint([{}] * n)) for n in (0, 1, 2)] == [False, False, True]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_cfa_in_a_run_averages_by_itself_and_draws_with_cfol(tiny, images):
+    given = {"objective": "trades", "epochs": 3, "lr": 0.1}
+    done = train(tiny(method={"name": "cfol+cfa", "cfa.delta": 0.0, "cfa.decay": 0.5}, **given), *images)
+    assert {"p", "radius factor", "beta factor"} <= done.history[-1].keys()
+    assert len(set(done.history[-1]["radius factor"])) > 1
+    assert "averaged" in done.weights
+    plain = train(tiny(method={"name": "cfol+cfa", "cfa.fawa": False}, **given), *images)
+    assert plain.history == done.history  # averaging changes no step
+    assert "averaged" not in plain.weights
+    with pytest.raises(ValueError, match="'cfa' and 'fawa' do not go together: each averages the weights"):
+        check(RunConfig(method="cfa+fawa"))
+
+
+@pytest.mark.parametrize(("begin", "epochs"), [(5, 5), (0, 5), (10, 4)])
+def test_cfas_beginning_must_lie_in_the_run(begin, epochs):
+    with pytest.raises(ValueError, match=f"begin={begin} of cfa: 1 or more epochs, and fewer than the {epochs}"):
+        check(RunConfig(method={"name": "cfa", "begin": begin}, epochs=epochs))
+
+
 @pytest.mark.parametrize(
     ("name", "given"),
     [
@@ -135,6 +218,9 @@ def test_robustlt_gives_rare_classes_larger_radii_that_grow():
         ("fat-ma", {"alpha": float("nan")}),
         ("robustlt", {"a": 1.5}),
         ("robustlt", {"b": -0.1}),
+        ("cfa", {"lam1": -1.0}),
+        ("cfa", {"delta": 1.0}),
+        ("fawa", {"decay": 1.0}),
     ],
 )
 def test_options_out_of_range_are_refused(name, given):
@@ -151,15 +237,16 @@ def images(digits):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", METHODS)
-def test_a_run_of_any_method_that_was_stopped_goes_on_to_the_same_bytes(name, tiny, images, tmp_path):
+@pytest.mark.parametrize("method", [*METHODS, {"name": "cfa", "delta": 0.0}, "cfol+fawa"], ids=str)
+def test_a_run_of_any_method_that_was_stopped_goes_on_to_the_same_bytes(method, tiny, images, tmp_path):
+    name = method["name"] if isinstance(method, dict) else method.split("+")[0]
     cls, path, given = METHODS[name], tmp_path / "c.safetensors", {}
     needs = {"objective": cls.needs_objective or "trades", "ema": 0.9, "batch_size": 48}
     needs |= {"parent": tiny()} if cls.needs_parent else {}
     needs |= {"model": {"name": "smallcnn", "head": "cosine"}} if name == "robal" else {}
     if "teacher" in cls.asks:
         needs["teacher"], given["teacher"] = tiny(seed=1), new_model(tiny(seed=1), images[0])
-    config = tiny(method=name, epochs=4, **needs)
+    config = tiny(method=method, epochs=4, **needs)
     whole = train(config, *images, **given)
 
     def stop(done, total):
@@ -170,6 +257,7 @@ def test_a_run_of_any_method_that_was_stopped_goes_on_to_the_same_bytes(name, ti
         train(config, *images, checkpoint=path, progress=stop, **given)
     done = train(config, *images, checkpoint=path, **given)
     assert done.weights.keys() == whole.weights.keys() >= {"last", "selected", "ema"}
+    assert ("averaged" in whole.weights) == any(n in str(method) for n in ("cfa", "fawa"))
     for kind, weights in whole.weights.items():
         assert all(torch.equal(v, done.weights[kind][k]) for k, v in weights.items()), kind
     assert done.history == whole.history
