@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
 
 from cfol_nb.config import RunConfig
 from cfol_nb.data import limit, split
-from cfol_nb.methods import METHODS, Batch, Context
+from cfol_nb.methods import METHODS, Batch, Context, build_method
 from cfol_nb.methods.dafa import transfer
+from cfol_nb.methods.faal import worst_mixture
+from cfol_nb.methods.wat import hedge
 from cfol_nb.objectives import TRADES
 from cfol_nb.train import Stopped, check, new_model, train
 
@@ -210,6 +214,89 @@ def test_cfas_beginning_must_lie_in_the_run(begin, epochs):
         check(RunConfig(method={"name": "cfa", "begin": begin}, epochs=epochs))
 
 
+REPORT = {
+    "ce": torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64),
+    "kl": torch.tensor([0.3, 0.1, 0.05], dtype=torch.float64),
+    "robust ce": torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64),
+}
+
+
+def test_wat_sums_up_what_the_classes_cost():
+    method, y = METHODS["wat"](LABELS, 3, context=Context(beta=6.0)), torch.arange(3)
+    np.testing.assert_array_equal(method.weigh(Batch(None, y)), np.ones(3))
+    for epoch, w in ((1, [0.853881, 0.720389, 0.678437, 0.747294]), (2, [0.964946, 0.686820, 0.609155, 0.739079])):
+        method.after_epoch(epoch, REPORT)
+        np.testing.assert_allclose(method.costs, epoch * np.array([2.8, 1.1, 0.5, 4.4 / 3]))
+        np.testing.assert_allclose(hedge(method.costs, 0.1), w, rtol=2e-6)
+        v = np.array(w[:3]) + w[3]
+        if epoch == 1:
+            np.testing.assert_allclose(v, [1.601174, 1.467683, 1.425730], rtol=2e-6)
+        np.testing.assert_allclose(method.weigh(Batch(None, y)), v / v.mean(), rtol=2e-6)
+        np.testing.assert_array_equal(method.trace()["weights"], method.weigh(Batch(None, y)))
+    equal = hedge(torch.full((4,), 0.7), 0.1)
+    np.testing.assert_allclose(equal[:3] + equal[3], np.full(3, 6 / 4), rtol=1e-6)
+    at = METHODS["wat"](LABELS, 3)
+    at.after_epoch(1, REPORT)
+    np.testing.assert_array_equal(at.costs, [2, 1, 0, 1])
+
+
+def test_a_look_before_the_first_step_is_for_those_that_ask(monkeypatch):
+    class Asks(METHODS["erm"]):
+        asks = frozenset({"start"})
+
+        def after_epoch(self, epoch, report):
+            heard.append(epoch)
+
+    heard = []
+    monkeypatch.setitem(METHODS, "asks", Asks)
+    both = build_method({"name": "asks+wat"}, LABELS, 3)
+    for epoch in (0, 1):
+        both.after_epoch(epoch, REPORT)
+    assert heard == [0, 1]
+    np.testing.assert_array_equal(both.parts[1].costs, [2, 1, 0, 1])
+
+
+def test_faals_mixture_is_the_known_one():
+    a = torch.tensor([0.2, -0.1, -0.3], dtype=torch.float64)
+    np.testing.assert_allclose(worst_mixture(a, 0.5), [0.790439, 0.127669, 0.081892], rtol=1e-5)
+    np.testing.assert_allclose(worst_mixture(1e-9 * a + 7, 0.5), worst_mixture(a, 0.5), rtol=1e-5)
+    for pair in ([3.0, -2.0], [1e-3, 0.0]):
+        assert worst_mixture(torch.tensor(pair), 0.5)[0].item() == pytest.approx((1 + (1 - np.exp(-1)) ** 0.5) / 2)
+    one = torch.zeros(10).index_fill(0, torch.tensor(4), 0.3)
+    assert 10 * worst_mixture(one, 0.5)[4].item() == pytest.approx(5.748, abs=5e-4)
+    np.testing.assert_allclose(worst_mixture(torch.full((4,), -0.3), 0.5), np.full(4, 0.25))
+    np.testing.assert_allclose(worst_mixture(a, 0.0), np.full(3, 1 / 3), rtol=1e-7)
+
+
+@pytest.mark.parametrize(("r", "seed"), [(0.1, 0), (0.5, 1), (2.0, 2)])
+def test_faals_mixture_is_the_programmes(r, seed):
+    a = np.random.default_rng(seed).normal(size=6)
+    ours = worst_mixture(torch.from_numpy(a), r).numpy()
+    near = {"type": "ineq", "fun": lambda z: r + np.log(6) + log_softmax(z).mean()}  # p = softmax(z)
+    found = minimize(lambda z: -a @ softmax(z), 0.1 * a, constraints=near, options={"ftol": 1e-13, "maxiter": 500})
+    assert found.success
+    assert ours.sum() == pytest.approx(1)
+    assert -np.log(6) - np.log(ours).mean() == pytest.approx(r)
+    assert a @ ours == pytest.approx(-found.fun, rel=1e-6)
+
+
+def test_faal_weighs_the_batchs_classes_by_their_margins():
+    method, y = METHODS["faal"](LABELS, 4, r=0.7), torch.tensor([0, 0, 1, 3, 3])  # class 2 is not there
+    z = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    s = z.detach().softmax(1).numpy()
+    margins = [max(np.delete(row, c)) - row[c] for row, c in zip(s, y.tolist(), strict=True)]
+    a = torch.tensor([margins[0] + margins[1], margins[2], 0, margins[3] + margins[4]])
+    weight = method.weigh(Batch(None, y, z))
+    torch.testing.assert_close(weight, 4 * worst_mixture(a, 0.7)[y])
+    assert not weight.requires_grad
+
+
+def test_faal_goes_on_from_a_trained_network():
+    with pytest.raises(ValueError, match="'faal' goes on from a trained network: give the run a parent"):
+        check(RunConfig(method="faal"))
+    check(RunConfig(method="faal+cfa", parent=RunConfig(), awp=0.005, objective="trades"))
+
+
 @pytest.mark.parametrize(
     ("name", "given"),
     [
@@ -221,6 +308,8 @@ def test_cfas_beginning_must_lie_in_the_run(begin, epochs):
         ("cfa", {"lam1": -1.0}),
         ("cfa", {"delta": 1.0}),
         ("fawa", {"decay": 1.0}),
+        ("wat", {"eta": -0.1}),
+        ("faal", {"r": -0.5}),
     ],
 )
 def test_options_out_of_range_are_refused(name, given):
@@ -243,6 +332,7 @@ def test_a_run_of_any_method_that_was_stopped_goes_on_to_the_same_bytes(method, 
     cls, path, given = METHODS[name], tmp_path / "c.safetensors", {}
     needs = {"objective": cls.needs_objective or "trades", "ema": 0.9, "batch_size": 48}
     needs |= {"parent": tiny()} if cls.needs_parent else {}
+    needs |= {"awp": 0.005} if name == "faal" else {}
     needs |= {"model": {"name": "smallcnn", "head": "cosine"}} if name == "robal" else {}
     if "teacher" in cls.asks:
         needs["teacher"], given["teacher"] = tiny(seed=1), new_model(tiny(seed=1), images[0])

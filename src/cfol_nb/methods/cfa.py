@@ -17,8 +17,8 @@ class FAWA(Method):
     the accuracy delta under attack, average <- decay average + (1 - decay) weights, the first time the weights alone.
 
     decay: 0.85 a look, delta: 0.2, both in [0, 1), the paper's; its code has 0.88 and 0.24. Up to the first such look
-    "averaged" are the weights of the last look, not the untrained ones, as there. The authors look after every epoch, by
-    PGD-10 on 1,000 images: validate_every and validate_steps of the run.
+    "averaged" are the weights of the last look, not the untrained ones, as there. The authors look after every epoch,
+    by PGD-10 on 1,000 images: validate_every and validate_steps of the run.
     """
 
     def __init__(self, *run, decay: float = 0.85, delta: float = 0.2, **named):
