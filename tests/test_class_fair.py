@@ -12,6 +12,7 @@ from scipy.special import log_softmax, softmax
 from cfol_nb.config import RunConfig
 from cfol_nb.data import limit, split
 from cfol_nb.methods import METHODS, Batch, Context, build_method
+from cfol_nb.methods.bat import BAT
 from cfol_nb.methods.dafa import transfer
 from cfol_nb.methods.faal import worst_mixture
 from cfol_nb.methods.wat import hedge
@@ -295,6 +296,40 @@ def test_faal_goes_on_from_a_trained_network():
     with pytest.raises(ValueError, match="'faal' goes on from a trained network: give the run a parent"):
         check(RunConfig(method="faal"))
     check(RunConfig(method="faal+cfa", parent=RunConfig(), awp=0.005, objective="trades"))
+
+
+def test_bat_keeps_the_images_on_both_sides_of_the_boundary():
+    """Three looks at x_0, x_1 and x_2, and the end x_3; the pixels say which iterate it is."""
+    wrong = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 0], [1, 0, 1]])
+    x, y = torch.full((5, 1, 2, 2), -1.0), torch.zeros(5, dtype=torch.int64)
+
+    def attack(watch):
+        for step in range(3):
+            watch(x + 1 + step, F.one_hot(wrong[:, step], 2))
+        return x + 4
+
+    def chosen(tau):
+        return [v[:, 0, 1, 1].tolist() for v in BAT(tau=tau).images(attack, x, y)]
+
+    assert chosen(1) == [[1, 0, 3, 0, 0], [3, 1, 3, 3, 2]]
+    assert chosen(0) == [[1, 0, 3, 0, 0], [2, 0, 3, 1, 0]]
+
+
+def test_bat_is_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    x, last, first = torch.randn(3, 4, 3, dtype=torch.float64, generator=generator)
+    last[0] = torch.tensor([2.0, 0.0, -1.0])
+    y, boundary = torch.tensor([0, 1, 2, 1]), torch.tensor([1.0, 0.5, 2.0, 1.0])
+    losses, logits, clean = BAT(beta=2.5)(torch.nn.Identity(), x, (last, first), y, boundary=boundary)
+    p, a, b = (v.softmax(1).numpy() for v in (x, last, first))
+    flat = [np.log(3) + (q * np.log(q)).sum(1) for q in (a, b)]
+    assert flat[0][0] == pytest.approx(0.574346, abs=1e-6)
+    between = (p * np.log(p / b)).sum(1) * boundary.numpy()
+    np.testing.assert_allclose(losses, -np.log(a[range(4), y]) + 2.5 * between + flat[0] + flat[1])
+    assert torch.equal(logits, first)
+    assert torch.equal(clean, x)
+    with pytest.raises(ValueError, match="tau=-1"):
+        check(RunConfig(objective={"name": "bat", "tau": -1}))
 
 
 @pytest.mark.parametrize(
