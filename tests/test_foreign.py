@@ -1,13 +1,21 @@
 """Models and weights of others, as people have them."""
 
+import contextlib
 import pickle
+import re
+import sys
+import zipfile
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torchvision
+from PIL import Image
 from torch import nn
 
-from cfol_nb.audit import load_weights
+from cfol_nb.audit import load, load_weights
+from cfol_nb.audit.adapt import Logits, Transform
 from cfol_nb.audit.weights import INSIDE, PREFIXES
 
 
@@ -145,3 +153,331 @@ def test_the_line_that_a_whole_module_is_answered_with_lets_through_its_classes_
     exec(line, {"torch": torch, "safetensors": safetensors})
     load_weights(given, tmp_path / "w.safetensors")
     assert torch.equal(given[0].weight, model[0].weight)
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def small(outputs=10, channels=1):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(16, outputs)).eval()
+
+
+def test_transforms_do_what_they_say():
+    x = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = nn.Sequential(*Transform((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 255.0, True).steps())
+    by_hand = (255 * x[:, [2, 1, 0]] - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor(
+        [0.2, 0.3, 0.4]
+    ).view(3, 1, 1)
+    torch.testing.assert_close(made(x), by_hand, rtol=1e-5, atol=1e-3)
+    assert Transform().steps() == []
+    (grey,) = Transform(channels=1).steps()
+    image = Image.fromarray((255 * x[0]).byte().permute(1, 2, 0).numpy())
+    theirs = torch.from_numpy(np.array(image.convert("L")))
+    assert ((255 * grey((255 * x[:1]).byte() / 255))[0, 0] - theirs).abs().max() <= 1
+    (three,) = Transform(channels=3).steps()
+    assert torch.equal(three(x[:, :1]), x[:, :1].repeat(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize(("how", "of_pillow"), [("bilinear", 2), ("bicubic", 3)])
+def test_images_are_resized_as_pillow_does(how, of_pillow):
+    x = torch.randint(0, 256, (1, 1, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    (resize,) = Transform(side=7, interpolation=how).steps()
+    theirs = np.array(Image.fromarray(x[0, 0].numpy()).resize((7, 7), of_pillow))
+    assert np.abs(255 * resize(x / 255)[0, 0].numpy() - theirs).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"mean": (0.5,)}, "both or neither"),
+        ({"mean": (0.5, 0.5), "std": (1.0, 1.0)}, "one number or three"),
+        ({"mean": (0.5,), "std": (0.0,)}, "above 0"),
+        ({"scale": 0.0}, "above 0"),
+        ({"interpolation": "lanczos"}, "bilinear, bicubic, nearest"),
+        ({"channels": 2}, "1 or 3"),
+    ],
+)
+def test_wrong_preprocessing_is_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        Transform(**given)
+
+
+def test_outputs_of_every_kind_become_logits():
+    z, hidden = torch.randn(4, 3), torch.randn(4, 5, 6)
+    for out in (z, (z, hidden), {"logits": z, "embedding": torch.randn(4, 8)}, {"out": z, "state": hidden}, [z]):
+        assert Logits()(out) is z
+    one = torch.randn(4)
+    for out in (one, one.view(4, 1), (one.view(4, 1), hidden)):
+        torch.testing.assert_close(Logits()(out).softmax(1)[:, 1], one.sigmoid())
+    for out, says in (((z, z), "2 tensors could be logits"), ({"a": hidden}, "0 tensors"), ("logits", "returns a str")):
+        with pytest.raises(ValueError, match=says):
+            Logits()(out)
+
+
+def test_torchscript_and_exported_programs_are_models_with_gradients(tmp_path):
+    model, x = small(), torch.rand(3, 1, 8, 8)
+    torch.jit.script(model).save(tmp_path / "s.pt")
+    exported(tmp_path)
+    for name in ("s.pt", "e.pt2"):
+        got = load(str(tmp_path / name)).model
+        seen = x[:2].clone().requires_grad_()
+        torch.testing.assert_close(got(seen), model(x[:2]))
+        (g,) = torch.autograd.grad(got(seen).max(), seen)
+        assert g.abs().sum() > 0
+    with pytest.raises(ValueError, match="has its own weights"):
+        load(str(tmp_path / "s.pt"), tmp_path / "w.pt")
+
+
+class Writes:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def rewritten(path, change):
+    """The archive with `change(name, content)` for each of its parts, None: as it is."""
+    with zipfile.ZipFile(path) as old:
+        parts = {n: old.read(n) for n in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, content in parts.items():
+            new.writestr(name, content if (other := change(name, content)) is None else other)
+
+
+@pytest.mark.parametrize("form", ["weights.pt", "script.pt"])
+def test_pickles_in_files_run_nothing(tmp_path, form):
+    path, model, ran = tmp_path / form, small(), tmp_path / "ran"
+    torch.save(model.state_dict(), path) if form == "weights.pt" else torch.jit.script(model).save(path)
+    code = pickle.dumps(Writes(ran), 2)
+    rewritten(path, lambda name, _: code if name.endswith(".pkl") else None)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        load_weights(model, path) if form == "weights.pt" else load(str(path))
+    assert not ran.exists()
+    pickle.loads(code)  # it would have
+    assert ran.exists()
+
+
+def exported(tmp_path):
+    batch = torch.export.Dim("batch", min=1, max=512)
+    program = torch.export.export(small(), (torch.rand(3, 1, 8, 8),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, tmp_path / "e.pt2")
+    return tmp_path / "e.pt2"
+
+
+def changed(part, old, new):
+    def change(name, content):
+        if re.search(part, name):
+            assert re.search(old, content.decode())
+            return re.sub(old, lambda _: new, content.decode()).encode()
+
+    return change
+
+
+@pytest.mark.parametrize("how", ["size", "operator", "attribute", "constant", "weight", "name", "guard", "sample"])
+def test_an_exported_program_runs_nothing_but_operations_on_tensors(tmp_path, how):
+    """Through each of the ways by which `torch.export.load` alone runs what a file says, or may."""
+    path, ran = exported(tmp_path), tmp_path / "ran"
+    call = f"__import__('pathlib').Path('{ran}').touch()"
+    constant = '{"config": {"c": {"path_name": "opaque_obj_0", "is_param": false, "use_pickle": true}}}'
+    rewritten(
+        path,
+        {
+            "size": changed("model.json", r'"expr_str": ?"[^"]*"', f'"expr_str": "{call}"'),
+            "operator": changed("model.json", r"torch\.ops\.aten\.relu\.default", "torch.serialization.os.getcwd"),
+            "attribute": changed("model.json", r'"expr_str": ?"[^"]*"', '"expr_str": "(1).__class__.__mro__"'),
+            "constant": changed("constants_config", r".*", constant),
+            "weight": changed("weights_config", r'"use_pickle": ?false', '"use_pickle": true'),
+            "name": changed("model.json", r'"name": ?"relu"', f'"name": "relu = {call}; x"'),
+            "guard": changed("model.json", r'"guards_code": ?\[\]', f'"guards_code": ["{call} or True"]'),
+            "sample": lambda name, _: pickle.dumps(Writes(ran), 2) if "sample_inputs" in name else None,
+        }[how],
+    )
+    if how in ("guard", "sample"):  # are not needed
+        assert load(str(path)).model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    else:
+        with pytest.raises(ValueError, match="asks for more than operations on tensors"):
+            load(str(path))
+    assert not ran.exists()
+
+
+def test_a_size_in_an_exported_program_could_run_code(tmp_path):
+    """So that the test above is known to test something."""
+    path, ran = exported(tmp_path), tmp_path / "ran"
+    call = f"__import__('pathlib').Path('{ran}').touch()"
+    rewritten(path, changed("model.json", r'"expr_str": ?"[^"]*"', f'"expr_str": "{call}"'))
+    with contextlib.suppress(Exception):
+        torch.export.load(path)
+    assert ran.exists()
+
+
+def test_published_weights_of_torchvision_bring_their_outputs_and_names(tmp_path):
+    theirs = torchvision.models.get_model("squeezenet1_1", weights=None).eval()
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    got = load("torchvision:squeezenet1_1", tmp_path / "w.pth", num_classes=7)
+    assert got.names[:2] == ("tench", "goldfish")
+    x = torch.rand(2, 3, 64, 64)
+    transform = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.testing.assert_close(got.model(x), theirs(transform(x)))
+    with pytest.raises(ValueError, match=r"has no weights: give their file \(--weights\), or say --random-weights"):
+        load("torchvision:squeezenet1_1")
+    assert load("torchvision:squeezenet1_1", num_classes=7, random_weights=True).model(x).shape == (2, 7)
+
+
+def test_models_of_timm(tmp_path):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("test_resnet", num_classes=5).eval()
+    torch.save({"state_dict": theirs.state_dict()}, tmp_path / "w.ckpt")
+    got = load("timm:test_resnet", tmp_path / "w.ckpt", num_classes=3)
+    own = timm.data.resolve_model_data_config(theirs)
+    assert (got.transform.side, got.transform.mean) == (own["input_size"][-1], own["mean"])
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))
+    seen = timm.data.create_transform(**own)(picture)
+    smaller = picture.resize((got.transform.resize,) * 2, Image.Resampling.BILINEAR)
+    left = (got.transform.resize - got.transform.side) // 2
+    crop = np.array(smaller)[left : left + got.transform.side, left : left + got.transform.side]
+    x = torch.from_numpy(crop).permute(2, 0, 1)[None] / 255
+    torch.testing.assert_close(got.model(x), theirs(seen[None]))
+    with pytest.raises(ValueError, match="has no weights"):
+        load("timm:test_resnet")
+
+
+def test_a_folder_of_timm_on_the_hub(tmp_path):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("test_resnet", num_classes=3).eval()
+    timm.models._hub.save_for_hf(
+        theirs,
+        str(tmp_path),
+        model_config={"label_names": ["cat", "dog", "owl"], "mean": [0.1, 0.2, 0.3]},
+        safe_serialization=True,
+    )
+    got = load(f"hf:{tmp_path}")
+    assert got.names == ("cat", "dog", "owl")
+    x, own = torch.rand(2, 3, 160, 160), timm.data.resolve_model_data_config(theirs)
+    made = torchvision.transforms.Normalize(got.transform.mean, got.transform.std)
+    torch.testing.assert_close(got.model(x), theirs(made(x)))
+    assert got.transform.std == tuple(own["std"])
+
+
+def of_transformers(folder, weights=True, **more):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        image_size=16,
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        id2label={0: "owl", 1: "cat", 2: "dog"},
+        label2id={"owl": 0, "cat": 1, "dog": 2},
+    )
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(config).eval()
+    model.save_pretrained(folder)
+    processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.1, 0.2, 0.3], **more)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def test_models_of_transformers_with_their_processor_and_labels(tmp_path):
+    theirs, processor = of_transformers(tmp_path)
+    got = load(f"hf:{tmp_path}")
+    assert got.names == ("owl", "cat", "dog")
+    assert got.transform.side == 16
+    x = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = processor([Image.fromarray(i.permute(1, 2, 0).numpy()) for i in x], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(got.model(x / 255), theirs(**pixels).logits, rtol=1e-4, atol=1e-5)
+    bytes_ = of_transformers(tmp_path / "bytes", do_rescale=False, do_normalize=False)
+    got = load(f"hf:{tmp_path / 'bytes'}")  # a model of bytes
+    with torch.no_grad():
+        torch.testing.assert_close(got.model(x / 255), bytes_[0](x.float()).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_folder_of_a_classifier_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(FileNotFoundError, match="neither a folder nor in the local cache: fetch it with `hf download"):
+        load("hf:nobody/nothing")
+    of_transformers(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        load(f"hf:{tmp_path}")
+    (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
+    with pytest.raises(ValueError, match="is no image classifier of transformers"):
+        load(f"hf:{tmp_path}")
+    (tmp_path / "config.json").write_text(config)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    safetensors.torch.save_file(
+        {k: v for k, v in state.items() if k != "classifier.bias"}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"1 missing keys, for example classifier\.bias"):
+        load(f"hf:{tmp_path}")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
+        load(f"hf:{tmp_path}")
+
+
+def test_onnx_models_have_gradients(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnx2torch")
+    model, helper = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 3)), onnx.helper
+    weights = {f"w{i}": model[i].get_parameter(k) for i in (1, 3) for k in ("weight",)}
+    weights |= {f"b{i}": model[i].bias for i in (1, 3)}
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"]),
+        helper.make_node("Gemm", ["f", "w1", "b1"], ["h"], transB=1),
+        helper.make_node("Tanh", ["h"], ["t"]),
+        helper.make_node("Gemm", ["t", "w3", "b3"], ["z"], transB=1),
+    ]
+    ends = [helper.make_tensor_value_info(k, 1, shape) for k, shape in (("x", ["n", 1, 8, 8]), ("z", ["n", 3]))]
+    kept = [onnx.numpy_helper.from_array(v.detach().numpy(), k) for k, v in weights.items()]
+    made = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], kept))
+    made.opset_import[0].version = 13
+    onnx.save(made, tmp_path / "m.onnx")
+    got = load(str(tmp_path / "m.onnx")).model
+    x, y = (torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+    torch.testing.assert_close(got(x), model(y))
+    got(x).square().sum().backward()
+    model(y).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    (tmp_path / "m.onnx").write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match=r"m\.onnx cannot be read"):
+        load(str(tmp_path / "m.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("library", "source", "extra"),
+    [("timm", "timm:resnet18", "timm"), ("transformers", "hf:FOLDER", "hf"), ("onnx2torch", "m.onnx", "onnx")],
+)
+def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch, library, source, extra):
+    (tmp_path / "config.json").write_text("{}")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "m.onnx").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ValueError, match=re.escape(f"pip install 'cfol-nb[{extra}]'")):
+        load(source.replace("FOLDER", str(tmp_path)), num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.pt", b"PK\x03\x04" + bytes(99), "truncated or damaged"),
+        ("a.pt2", b"", "is empty"),
+        ("a.pt2", b"\x89PNG\r\n\x1a\n", "is a PNG image"),
+        ("a.ts", b"not a program", "is no TorchScript and no torch.export program"),
+        ("a.onnx", b"", r"cannot be read|onnx2torch is not installed"),
+    ],
+)
+def test_a_wrong_program_is_refused(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        load(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load(str(tmp_path / f"none{name[1:]}"))

@@ -13,7 +13,7 @@ import pytest
 
 from cfol_nb import headless
 from cfol_nb.config import RunConfig
-from cfol_nb.files import ROOT
+from cfol_nb.files import ROOT, read_json
 from cfol_nb.headless import NotebookFailed, notebooks, parse, run, typed
 from cfol_nb.train import check
 
@@ -158,6 +158,27 @@ def test_a_finished_notebook_appears_whole_and_in_the_callers_folder(toy, tmp_pa
     assert [p.name for p in out.parent.iterdir()] == ["toy.ipynb"]
     with pytest.raises(ValueError, match="overwrite itself"):
         run(source, source)
+
+
+def test_how_long_notebooks_take_is_said_where_it_was_measured():
+    kept = read_json(ROOT / "results/notebooks/seconds.json")["seconds"]
+    said = headless.expected(["00_quickstart", "05_convergence"])
+    assert said.startswith(f"about {kept['00_quickstart'] + kept['05_convergence']:.0f} s on ")
+    assert headless.expected(kept).startswith(f"about {sum(kept.values()) / 60:.0f} minutes on ")
+    assert headless.expected(["toy"]) == ""
+
+
+@pytest.mark.slow
+def test_without_a_terminal_a_kernels_progress_reaches_standard_error(toy, monkeypatch, capfd):
+    monkeypatch.delenv("CFOL_NB_PROGRESS")
+    source = toy(
+        "import time\nfrom cfol_nb import files\nfiles.MINUTE = 0.1\nwith files.bar(4, 'runs') as progress:\n"
+        "    for _ in range(4):\n        time.sleep(0.1)\n        progress.update(1)"
+    )
+    out = run(source)
+    assert re.search(r"^runs: \d+ % done after 00:0\d, 00:0\d left$", capfd.readouterr().err, re.M)
+    assert all(not cell.outputs for cell in nbformat.read(out, 4).cells)
+    assert "CFOL_NB_PROGRESS" not in os.environ
 
 
 @pytest.mark.slow

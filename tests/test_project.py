@@ -2,6 +2,7 @@
 
 import html
 import html.parser
+import importlib
 import importlib.metadata
 import math
 import os
@@ -13,13 +14,16 @@ import time
 import tomllib
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
+import typer
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from cfol_nb import cli, headless
+import cfol_nb
+from cfol_nb import cli, files, headless
 from cfol_nb.files import ROOT, read_json
 from cfol_nb.stats import counts, headline, stated, summary
 from cfol_nb.suite import listing, published
@@ -39,15 +43,74 @@ def test_list_names_everything(command):
     assert status == 0
     for name in (*SOURCES, *METHODS, *MODELS, "trades", "drift=40.0", "linf", "stored runs: 0"):
         assert name in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize(
-    "words", [("--help",), ("run", "--help"), ("train", "--help"), ("fetch", "--help"), ("list", "--help")]
-)
+def test_list_explains_every_setting(command):
+    from cfol_nb.config import RunConfig
+
+    status, out, _ = command("list", "settings")
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= 80
+    rows = {name: rest for name, *rest in cli.settings()}
+    assert rows.keys() >= RunConfig.model_fields.keys()
+    assert all(kind and usual and text for kind, usual, text in rows.values())
+    assert all(re.search(rf"^  {re.escape(name)} ", out, re.M) for name in rows)
+    assert rows["eps"][:2] == ["float", "0.15 for digits, else 8/255"]
+    assert rows["optimizer"][:2] == ["sgd | adam", "sgd"]
+    assert rows["train_limit"][:2] == ["int | None", "None"]
+    assert rows["schedule.cycles"][:2] == ["int", "3"]
+    assert rows["remake"][0] == "name or options | None"
+
+
+COMMANDS = sorted(typer.main.get_command(cli.app).commands)
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)])
 def test_every_command_explains_itself(command, words):
-    status, out, _ = command(*words)
+    status, out, _ = command(*words, "--help")
     assert status == 0
     assert "Usage" in out
+    assert not words or f"cfol-nb {words[0]} " in out.split("Example")[1]
+
+
+def test_the_package_offers_what_most_people_need():
+    code = "import sys, cfol_nb; assert not [m for m in sys.modules if 'torch' in m or m.startswith('cfol_nb.')]"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    names = "load RunConfig compute ClassSampler ExampleSampler pgd Outcomes summary class_table"
+    assert {*names.split()} == {*cfol_nb.__all__} <= {*dir(cfol_nb)}
+    for name in names.split():
+        assert getattr(cfol_nb, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        cfol_nb.nothing  # noqa: B018
+    assert importlib.import_module("cfol_nb.audit").audit
+    assert PROJECT["version"] == cfol_nb.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == cfol_nb.__version__
+    assert f"## {cfol_nb.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_wide_tables_are_wrapped_and_nothing_is_hidden():
+    table = pd.DataFrame({f"column {i}": ["50.0 [40.0, 60.0]"] for i in range(9)}, ["a method"])
+    lines = cli._narrow(table).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "".join(lines).count("50.0 [40.0, 60.0]") == 9
+
+
+def test_without_a_terminal_progress_is_a_line_each_minute(monkeypatch, capfd):
+    monkeypatch.setenv("CFOL_NB_PROGRESS", "")
+    monkeypatch.setattr(files, "MINUTE", 0.2)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    with files.bar(10, "runs") as progress:
+        for _ in range(10):
+            time.sleep(0.05)
+            progress.update(1)
+    lines = capfd.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 3
+    for line in lines:
+        done, after, left = re.fullmatch(r"runs: (\d+) % done after (\d\d:\d\d), (\d\d:\d\d) left", line).groups()
+        assert 30 <= int(done) <= 100
+        assert after <= "00:02"
+        assert left <= "00:02"
 
 
 def test_train_prints_the_class_table(command):
@@ -120,6 +183,8 @@ def test_publish_judges_each_run_in_its_own_ball(command, tiny, tmp_path):
         (("suite", "digits", "-s", "objective=trades"), "use --methods"),
         (("run", "00", "-p", "seed=3"), "did you mean 'seeds'"),
         (("run", "-p", "seeds=x"), "int is needed"),
+        (("run", "00", "-p", "seeds=0"), "seeds=0 of 00_quickstart.ipynb: a number of runs is needed, 1 or more"),
+        (("list", "methosd"), "did you mean 'methods'"),
         (("run", "--store", "-p", "seeds=1"), "leave out -p"),
         (("fetch", "digits"), "unknown data set"),
         (("audit", "--model", "run:nosuch", "--data", "digits"), "no stored run 'nosuch'"),

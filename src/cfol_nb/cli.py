@@ -12,13 +12,16 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
+import types
+from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
@@ -33,6 +36,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="How robust is the class that is worst off? Class-wise robust accuracy, and CFOL.",
 )
+
+
+def _narrow(table, **how) -> str:
+    """A DataFrame as text of at most 80 columns: what does not fit goes below."""
+    return table.to_string(line_width=80, **how)
 
 
 _PRESET = "Settings by name: fast (N-FGSM, 30 epochs, averaged weights, bfloat16); -s wins."
@@ -75,7 +83,12 @@ def run(
     ] = None,
     parameters: Annotated[
         list[str],
-        typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="A parameter of the notebook; may be repeated."),
+        typer.Option(
+            "-p",
+            "--parameter",
+            metavar="NAME=VALUE",
+            help="""A parameter of the notebook, as JSON: seeds=2, 'settings={"epochs": 3}'; may be repeated.""",
+        ),
     ] = [],  # noqa: B006
     file: Annotated[
         Path | None, typer.Option("-f", "--file", help="YAML file of parameters, as in notebooks/parameters/; -p wins.")
@@ -91,6 +104,8 @@ def run(
 
     Examples: cfol-nb run 04 -p seeds=5 -p "dataset=imagefolder:data/cifar10"
 
+    cfol-nb run 00 -p seeds=2 -p 'settings={"epochs": 3}'
+
     cfol-nb run 01 -f notebooks/parameters/01_short.yaml
     """
     from cfol_nb import headless
@@ -101,6 +116,8 @@ def run(
     sources = [headless.find(n) for n in names] if names else headless.notebooks()
     for source in sources:
         headless.typed(source, given)  # all are checked before the first one starts
+    known = "" if given else headless.expected([source.stem for source in sources])
+    typer.echo(known or "how long this takes is measured on its first steps, and then shown", err=True)
     done = []
     for source in sources:
         start = time.perf_counter()
@@ -154,11 +171,11 @@ def train(
             f"{r.folder.name}: {made['seconds']['training']:.0f} s of training, "
             f"{made['images_per_second']:.0f} images per second, {made['peak_memory_mib']} MiB at most, "
             f"weakest class under {attack}: {weakest(r.outcomes['last'])}\n"
-            f"{class_table(r.outcomes['last']).round(3).to_string(index=False)}\n"
+            f"{_narrow(class_table(r.outcomes['last']).round(3), index=False)}\n"
             f"{said(r.outcomes['last'].checks.get(attack))}\n"
         )
     typer.echo(
-        f"per cent [95 % interval], {len(runs)} run(s)\n{headline(outcomes).T.to_string()}"
+        f"per cent [95 % interval], {len(runs)} run(s)\n{_narrow(headline(outcomes).T)}"
         f"\n\nStored in {runs[0].folder.parent}"
     )
 
@@ -212,7 +229,7 @@ def suite(
             label = f"{run.config.method['name']} {run.config.objective['name']} {which}"
             groups.setdefault(label, []).append(outcomes)
     if groups:
-        typer.echo(headline(groups).to_string())
+        typer.echo(_narrow(headline(groups)))
     else:
         raise typer.Exit(1)
 
@@ -284,7 +301,10 @@ def verify(
         Path | None, typer.Option(file_okay=False, help="Folder of the JSONs; default results/.")
     ] = None,
 ) -> None:
-    """Check every stored file: runs, verdicts, audits, image caches, results/. One line for each that was changed."""
+    """Check every stored file: runs, verdicts, audits, image caches, results/. One line for each that was changed.
+
+    Example: cfol-nb verify
+    """
     from cfol_nb import suite as s
 
     fine, bad = s.verify(results)
@@ -297,7 +317,10 @@ def verify(
 
 @app.command()
 def report(out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the pages.")] = Path("site")) -> None:
-    """Turn the executed notebooks into a small site of HTML that needs no network."""
+    """Turn the executed notebooks into a small site of HTML that needs no network.
+
+    Example: cfol-nb report --out site
+    """
     from cfol_nb import headless
 
     typer.echo(headless.report(out))
@@ -503,7 +526,10 @@ def _audit(say, start: float, given: dict) -> None:
 
 @app.command()
 def fetch(dataset: Annotated[str, typer.Argument(help="One of torchvision's data sets in `cfol-nb list`.")]) -> None:
-    """Download a data set into data/ and decode it."""
+    """Download a data set into data/ and decode it.
+
+    Example: cfol-nb fetch cifar10
+    """
     from cfol_nb.config import choose
     from cfol_nb.data import SOURCES, load
 
@@ -513,38 +539,112 @@ def fetch(dataset: Annotated[str, typer.Argument(help="One of torchvision's data
     )
 
 
+LISTS = ("data sets", "models", "objectives", "methods", "attacks", "runs", "settings")
+
+
 @app.command(name="list")
-def list_() -> None:
-    """Data sets, models, objectives, methods, attacks and stored runs, with their options."""
+def list_(
+    what: Annotated[
+        str | None, typer.Argument(help=f"One of: {', '.join(LISTS)}; all but the settings if none.")
+    ] = None,
+) -> None:
+    """Data sets, models, objectives, methods, attacks, stored runs and settings, with their options.
+
+    Examples: cfol-nb list methods
+
+    cfol-nb list settings
+    """
     from cfol_nb.attacks import LOSSES
-    from cfol_nb.config import keywords
+    from cfol_nb.config import choose, keywords
     from cfol_nb.data import DATASETS
     from cfol_nb.methods import GIVEN, METHODS
     from cfol_nb.models import MODELS
     from cfol_nb.objectives import OBJECTIVES
     from cfol_nb.runs import stored
 
-    def table(title: str, entries: dict, hidden: set[str]) -> None:
-        typer.echo(f"\n{title}")
-        for name, make in entries.items():
+    def entries(made: dict, hidden: set[str]) -> Iterator[tuple[str, str]]:
+        for name, make in made.items():
             taken = [f"{k}={p.default!r}" for k, p in keywords(make).items() if k not in hidden]
             said = (inspect.getdoc(make) or "").split("\n\n")[0].replace("\n", " ")
             text = re.split(r"(?<! al)\. ", said)[0].rstrip(".")
-            typer.echo(f"  {name:16} {text}" + (f"  [{', '.join(taken)}]" if taken else ""))
+            yield name, text + (f"  [{', '.join(taken)}]" if taken else "")
 
-    typer.echo("data sets\n  " + ", ".join(DATASETS))
-    table("models", MODELS, {"num_classes", "channels"})
-    table("objectives", OBJECTIVES, set())
-    table("methods", METHODS, GIVEN)
-    typer.echo("  several in one run: --method cfol+dafa -s method.cfol.drift=100")
-    typer.echo(
-        f"\nattacks\n  pgd in norm linf or l2 with loss {', '.join(LOSSES)}; "
-        "options eps, step, steps, restarts, random_start"
-        "\n  in training: pgd, or n-fgsm (training_attack.k=2.0)"
-    )
-    typer.echo(f"\nstored runs: {len(stored())}")
-    for folder in stored():
-        typer.echo(f"  {folder.name}")
+    found = stored()
+    attacks = f"in norm linf or l2 with loss {', '.join(LOSSES)}; options eps, step, steps, restarts, random_start"
+    lists = {
+        "data sets": [("", ", ".join(DATASETS))],
+        "models": entries(MODELS, {"num_classes", "channels"}),
+        "objectives": entries(OBJECTIVES, set()),
+        "methods": [*entries(METHODS, GIVEN), ("", "several in one run: --method cfol+dafa -s method.cfol.drift=100")],
+        "attacks": [("pgd", attacks), ("n-fgsm", "in training only (training_attack.k=2.0)")],
+        "runs": [("", folder.name) for folder in found],
+        "settings": [(name, f"{text}  [{kind}; {usual}]") for name, kind, usual, text in settings()],
+    }
+    asked = [choose("list", what, LISTS)] if what else LISTS[:-1]
+    for title in asked:
+        typer.echo({"runs": f"stored runs: {len(found)}"}.get(title, title))
+        for name, text in lists[title]:
+            indent = 28 if title == "settings" else 20
+            typer.echo(
+                textwrap.fill(
+                    text,
+                    80,
+                    initial_indent=f"  {name:{indent - 3}} " if name else "  ",
+                    subsequent_indent=" " * indent if name else "  ",
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+            )
+        typer.echo()
+
+
+def settings() -> list[tuple[str, str, str, str]]:
+    """Every setting of RunConfig: name, type, default and what it is; those of its parts as part.name."""
+    from pydantic import BaseModel
+
+    from cfol_nb.config import RunConfig
+
+    def kind(of) -> str:
+        if get_origin(of) is Annotated:
+            return kind(get_args(of)[0])
+        if get_origin(of) is Literal:
+            return " | ".join(get_args(of))
+        if get_origin(of) in (Union, types.UnionType):
+            return " | ".join(map(kind, get_args(of)))
+        if of is RunConfig:
+            return "settings of a run"
+        if isinstance(of, type) and issubclass(of, BaseModel):
+            return "options"
+        if get_origin(of) is dict:
+            return "name or options" if get_args(of)[1] is Any else "options by name"
+        return {tuple: "list", type(None): "None"}.get(get_origin(of) or of, getattr(of, "__name__", ""))
+
+    def said(value) -> str:
+        if isinstance(value, BaseModel):
+            value = value.model_dump(exclude_defaults=True) or {"name": value.name}
+        if isinstance(value, dict):
+            return value["name"] if set(value) == {"name"} else ", ".join(value)
+        if isinstance(value, float) and value and round(255 * value, 9) in range(1, 9):
+            return f"{255 * value:.0f}/255"
+        return f"{value:g}" if isinstance(value, float) else ", ".join(value) if value == () else str(value)
+
+    digits, images = RunConfig(dataset="digits"), RunConfig(dataset="cifar10")
+    rows = []
+
+    def add(model: type[BaseModel], before: str) -> None:
+        for name, field in model.model_fields.items():
+            if model is RunConfig and name != "dataset":
+                a, b = said(getattr(digits, name)), said(getattr(images, name))
+                usual = a if a == b else f"{a} for digits, else {b}"
+            else:
+                usual = "needed" if field.is_required() else said(field.get_default(call_default_factory=True))
+            rows.append((before + name, kind(field.annotation), usual or "none", field.description or ""))
+            for part in (field.annotation, *get_args(field.annotation)):
+                if isinstance(part, type) and issubclass(part, BaseModel) and part is not RunConfig:
+                    add(part, f"{before}{name}.")
+
+    add(RunConfig, "")
+    return rows
 
 
 if __name__ == "__main__":

@@ -257,19 +257,22 @@ AnyAttack = Annotated[
 class Imbalance(_Strict):
     """Long-tail subsampling: the largest class keeps all, the smallest 1/factor of it."""
 
-    kind: Literal["exp", "step"] = "exp"
-    factor: float = Field(ge=1)
+    kind: Literal["exp", "step"] = Field(
+        "exp", description="sizes fall exponentially, or half of the classes are small"
+    )
+    factor: float = Field(ge=1, description="size of the largest class over that of the smallest")
 
 
 class Schedule(_Strict):
     """Learning rate over the run: 'onecycle' (up for 30 %, down to zero), 'cosine', 'step' (x factor at milestones),
     'cyclic' (triangles from zero up to the peak and down again, Smith 2017)."""
 
-    name: Literal["onecycle", "cosine", "step", "cyclic"]
-    # fractions of the run
-    milestones: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], _AsTuple] = (0.5, 0.75)
-    factor: float = Field(0.1, gt=0)
-    cycles: int = Field(3, ge=1)
+    name: Literal["onecycle", "cosine", "step", "cyclic"] = Field(description="its form")
+    milestones: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], _AsTuple] = Field(
+        (0.5, 0.75), description="of step: where it falls, as fractions of the run"
+    )
+    factor: float = Field(0.1, gt=0, description="of step: what it is multiplied by there")
+    cycles: int = Field(3, ge=1, description="of cyclic: triangles in the run")
 
     @model_validator(mode="after")
     def _taken(self):
@@ -294,9 +297,9 @@ class Schedule(_Strict):
 class Ensembling(_Strict):
     """Temporal ensembling: see `cfol_nb.objectives.TemporalEnsemble`."""
 
-    weight: float = Field(30.0, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    ramp: float = Field(0.5, gt=0, le=1)
+    weight: float = Field(30.0, ge=0, description="of its term in the loss, at the end of the ramp")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of the running average of the outputs")
+    ramp: float = Field(0.5, gt=0, le=1, description="part of the run in which the weight grows")
 
 
 class Augment(_Strict):
@@ -312,7 +315,7 @@ MAX_SIDE = 4096  # pixels that an image is resized to at most
 class TrainingAttack(_Strict):
     """What training images are attacked with: 'pgd', or the single step 'n-fgsm', see `cfol_nb.attacks.n_fgsm`."""
 
-    name: Literal["pgd", "n-fgsm"] = "pgd"
+    name: Literal["pgd", "n-fgsm"] = Field("pgd", description="projected gradient descent, or a single step from noise")
     k: float = Field(2.0, ge=0, description="of n-fgsm: the noise reaches k radii; 0 is FGSM")
 
     @model_validator(mode="after")
@@ -361,13 +364,13 @@ class RunConfig(_Strict):
     """
 
     # data
-    dataset: str = "digits"
+    dataset: str = Field("digits", description="a data set of `cfol-nb list`, or imagefolder:PATH")
     image_size: int | None = Field(None, ge=8, le=MAX_SIDE, description="resize to this side; None: as stored")
     split_seed: int = Field(0, ge=0, lt=2**63, description="seed of every split made here")
     holdout: float = Field(gt=0, lt=1, description="stratified part of the training split, for selection")
     train_limit: int | None = Field(None, ge=1, description="images per class, before the hold-out is taken")
     test_limit: int | None = Field(None, ge=1, description="test images per class")
-    imbalance: Imbalance | None = None
+    imbalance: Imbalance | None = Field(None, description="long-tail subsampling of the training images")
     without: Annotated[tuple[str, ...], _AsTuple] = Field(
         (), description="names of classes that are left out, in training and test"
     )
@@ -375,8 +378,10 @@ class RunConfig(_Strict):
     flip: bool | None = Field(None, description="random horizontal flip; None: data set's")
     augment: Augment | None = Field(None, description="colour jitter and rotation; {} for usual")
     # what is trained
-    model: Spec
-    objective: Spec = Field(default_factory=lambda: {"name": "at"})
+    model: Spec = Field(description="a network of `cfol-nb list`, with options as model.width")
+    objective: Spec = Field(
+        default_factory=lambda: {"name": "at"}, description="what is minimised: at, clean or trades (objective.beta)"
+    )
     method: Methods = Field(
         default_factory=lambda: {"name": "erm"}, description="one, or several: cfol+dafa, with options as cfol.drift"
     )
@@ -388,26 +393,32 @@ class RunConfig(_Strict):
         None, description="replace the training images by ones with the parent's features: see cfol_nb.features"
     )
     # training attack
-    training_attack: Annotated[TrainingAttack, BeforeValidator(_spec)] = TrainingAttack()
-    norm: Literal["linf", "l2"] = "linf"
+    training_attack: Annotated[TrainingAttack, BeforeValidator(_spec)] = Field(
+        TrainingAttack(), description="what training images are attacked with"
+    )
+    norm: Literal["linf", "l2"] = Field("linf", description="norm of the attack's radius")
     eps: float = Field(description="radius in the unit of images in [0, 1]")
     step: float = Field(gt=0, description="attack step; default eps / 4, n-fgsm's is eps")
-    steps: int = Field(7, ge=1, description="n-fgsm has 1")
+    steps: int = Field(7, ge=1, description="steps of the training attack; n-fgsm has 1")
     # optimisation
     awp: float | None = Field(
         None, gt=0, le=1, description="adversarial weight perturbation: its size, as a part of each layer's weights"
     )
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    lr: float = Field(gt=0)
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    momentum: float = Field(0.9, ge=0, lt=1, description="Adam's first beta")
-    weight_decay: float = Field(5e-4, ge=0)
+    epochs: int = Field(ge=1, description="passes over the training images")
+    batch_size: int = Field(ge=1, description="images of a step")
+    lr: float = Field(gt=0, description="peak of the learning rate")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="SGD with momentum, or Adam")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD; Adam's first beta")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty on the weights")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
-    schedule: Annotated[Schedule, BeforeValidator(_spec)] = Schedule(name="onecycle")
-    dtype: Literal["float64", "float32", "bfloat16"]
+    schedule: Annotated[Schedule, BeforeValidator(_spec)] = Field(
+        Schedule(name="onecycle"), description="learning rate over the run, as a factor on lr"
+    )
+    dtype: Literal["float64", "float32", "bfloat16"] = Field(description="floating type of the training steps")
     # selection and evaluation
-    select: Literal["mean", "worst"] = "mean"
+    select: Literal["mean", "worst"] = Field(
+        "mean", description="the selected weights are best at this, on the held-out images"
+    )
     validate_every: int = Field(
         1, ge=1, description="epochs between two looks at the held-out split, after which methods adapt, too"
     )
@@ -420,8 +431,8 @@ class RunConfig(_Strict):
     attacks: dict[str, AnyAttack] = Field(
         description="evaluation attacks by name; default PGD-20 at the training radius"
     )
-    seed: int = Field(0, ge=0, lt=2**63)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and attacks")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     engine: Literal["auto", "eager", "compile", "graph"] = Field(
         "auto", description="how a step is computed; auto: eager on the CPU, one CUDA graph on a GPU"
     )

@@ -376,8 +376,28 @@ def code_hash(*makers: Callable) -> str:
     return hashlib.sha256(json.dumps([described, sorted(found.items())]).encode()).hexdigest()[:16]
 
 
+class _Lines:
+    """Keeps as lines of a file what a bar would draw over itself."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            self.file.write(f"{text}\n")
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+MINUTE = 60.0
+
+
 def bar(total: int, label: str):
-    """A tqdm bar with time left. CFOL_NB_PROGRESS: 'off', or a terminal that it is drawn on (headless notebooks)."""
+    """A tqdm bar with time left, or without a terminal a line of text every MINUTE seconds.
+
+    CFOL_NB_PROGRESS: 'off', or a terminal that it is drawn on, or a file for the lines (headless notebooks).
+    """
     from tqdm import tqdm
     from tqdm.auto import tqdm as auto
 
@@ -387,5 +407,8 @@ def bar(total: int, label: str):
         with contextlib.suppress(OSError):
             return tqdm(file=open(where, "w"), **show)
         where = "off"
-    hidden = where == "off" or not (notebook or sys.stderr.isatty())
-    return (auto if notebook else tqdm)(disable=hidden, **show)
+    if os.path.isabs(where) or not (where or notebook or sys.stderr.isatty()):
+        file = _Lines(open(where, "a") if where else sys.stderr)  # noqa: SIM115
+        show["bar_format"] = "{desc}: {percentage:.0f} % done after {elapsed}, {remaining} left"
+        return tqdm(file=file, miniters=0, mininterval=MINUTE, maxinterval=MINUTE, delay=MINUTE, **show)
+    return (auto if notebook else tqdm)(disable=where == "off", **show)

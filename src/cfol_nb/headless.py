@@ -14,8 +14,9 @@ import site
 import sys
 import sysconfig
 import tempfile
+import threading
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ from pydantic import ConfigDict, TypeAdapter
 from traitlets.config import Config
 
 from cfol_nb.config import as_json, choose
-from cfol_nb.files import ROOT, replacing, runs_dir
+from cfol_nb.files import ROOT, read_json, replacing, runs_dir
 
 # what the annotations of parameters are made of
 TYPES = {
@@ -164,20 +165,34 @@ def typed(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         else:
             wanted = getattr(kind, "__name__", str(kind)) if not spec[0] else spec[0]
             raise ValueError(f"parameter {name}={raw} of {path.name}: {wanted} is needed, as in {spec[1]}")
+        if name == "seeds" and isinstance(out[name], int) and out[name] < 1:
+            raise ValueError(f"parameter seeds={raw} of {path.name}: a number of runs is needed, 1 or more")
     return out
 
 
 @contextlib.contextmanager
 def _kernel_environment() -> Iterator[None]:
-    """Kernels draw figures into the notebook, and bars on the terminal if there is one, never into the notebook."""
-    before = dict(os.environ)
-    os.environ.pop("MPLBACKEND", None)
-    os.environ.setdefault("CFOL_NB_PROGRESS", os.ttyname(2) if sys.stderr.isatty() else "off")
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    """Kernels draw figures into the notebook, and bars on the terminal, never into the notebook; without a terminal
+    their progress reaches standard error as lines."""
+    before, ended = dict(os.environ), threading.Event()
+
+    def copy(lines: typing.TextIO) -> None:
+        while not ended.wait(0.5) or lines.tell() < os.fstat(lines.fileno()).st_size:
+            sys.stderr.write(lines.read())
+            sys.stderr.flush()
+
+    with tempfile.NamedTemporaryFile("r") as lines:
+        os.environ.pop("MPLBACKEND", None)
+        os.environ.setdefault("CFOL_NB_PROGRESS", os.ttyname(2) if sys.stderr.isatty() else lines.name)
+        copier = threading.Thread(target=copy, args=(lines,))
+        copier.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            copier.join()
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def _placeless(text: str) -> str:
@@ -255,6 +270,17 @@ def run(source: Path, target: Path | None = None, parameters: Mapping[str, Any] 
         raise NotebookFailed(f"{source.name} stopped: cells {skipped} never ran (what ran: {part})")
     os.replace(part, target)
     return target
+
+
+def expected(names: Iterable[str]) -> str:
+    """How long notebooks take with their defaults and nothing stored, in words; empty where one was not measured."""
+    path = ROOT / "results" / "notebooks" / "seconds.json"
+    took = read_json(path) if path.exists() else {"seconds": {}}
+    if not took["seconds"].keys() >= set(names):
+        return ""
+    total = sum(took["seconds"][name] for name in names)
+    time = f"{total:.0f} s" if total < 120 else f"{total / 60:.0f} minutes"
+    return f"about {time} on {took['threads']} free cores of {took['device']}, less where runs are stored"
 
 
 def headlines(path: Path) -> list[str]:

@@ -206,7 +206,9 @@ class Composed(Method):
         self._all("epoch_end", epoch)
 
     def after_epoch(self, epoch: int, report: dict[str, Tensor]) -> None:
-        self._all("after_epoch", epoch, report)
+        for m in self.parts:
+            if epoch or "start" in m.asks:
+                m.after_epoch(epoch, report)
 
     def complaint(self, history: Sequence[Mapping]) -> str:
         return "; ".join(filter(None, self._all("complaint", history)))
