@@ -285,7 +285,13 @@ def test_frl_at_the_start_is_trades_and_needs_it():
 
 @pytest.mark.parametrize(
     ("method", "objective"),
-    [(m, o) for m in METHODS for o in OBJECTIVES if METHODS[m].needs_objective in (None, o)],
+    [
+        (m, o)
+        for m in METHODS
+        for o in OBJECTIVES
+        if METHODS[m].needs_objective in (None, o)
+        and (OBJECTIVES[o].attack_loss or not {"attack", "right"} & METHODS[m].asks)
+    ],
 )
 def test_every_method_trains_with_every_objective(method, objective, tiny, digits):
     from cfol_nb.data import limit, split
