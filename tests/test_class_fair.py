@@ -368,7 +368,7 @@ def images(digits):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("method", [*METHODS, {"name": "cfa", "delta": 0.0}, "cfol+fawa"], ids=str)
+@pytest.mark.parametrize("method", [*METHODS, {"name": "cfa", "delta": 0.0}, "cfol+fawa+robustlt+wat"], ids=str)
 def test_a_run_of_any_method_that_was_stopped_goes_on_to_the_same_bytes(method, tiny, images, tmp_path):
     name = method["name"] if isinstance(method, dict) else method.split("+")[0]
     cls, path, given = METHODS[name], tmp_path / "c.safetensors", {}
