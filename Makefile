@@ -34,10 +34,14 @@ lab: $(STAMP)  ## JupyterLab
 report: $(STAMP)  ## the executed notebooks as a small site in site/
 	@$(BIN)/cfol-nb report
 
+docs: $(STAMP)  ## the documentation as a site in site/docs (needs the extra `docs`)
+	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || { echo "the site needs the extra docs: $(BIN)/uv pip install --python $(BIN)/python -e .[docs]"; exit 1; }
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q && echo "site/docs/index.html"
+
 bench: $(STAMP)  ## speed as ratios in one run, and how often intervals hold, kept in results/
 	@for b in sampler step autoattack notebooks coverage; do $(BIN)/python benchmarks/$$b.py || exit 1; done
 
 store: $(STAMP)  ## renew the stored runs in notebooks/
 	@$(BIN)/cfol-nb run --store
 
-.PHONY: help setup run test lab report bench store
+.PHONY: help setup run test lab report docs bench store

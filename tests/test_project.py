@@ -164,7 +164,7 @@ def test_publish_judges_each_run_in_its_own_ball(command, tiny, tmp_path):
     [
         (("train", "--dataset", "cifar9"), "did you mean 'cifar"),
         (("train", "--method", "cfl"), "did you mean 'cfol'"),
-        (("train", "--objective", "x"), "known: at, "),
+        (("train", "--objective", "x"), "unknown objective 'x' (known: ard, at"),
         (("train", "-s", "eps=8"), "8/255"),
         (("train", "-s", "epoch=3"), "no such setting"),
         (("train", "-s", "epochs"), "name=value"),

@@ -20,6 +20,7 @@ IMAGES, PASSES = 100, 350  # in the checklist of an evaluation; of each, and a m
 
 
 def short_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, steps: int, **more) -> Tensor:
+    """PGD that reaches the ball's border in so many steps, the same at every call; more: as of `attacks.pgd`."""
     generator = torch.Generator(x.device).manual_seed(0)
     step = max(eps / 4 if steps < 10 else 2.5 * eps / steps, 1e-12)
     return pgd(model, x, y, eps, step, steps, norm, generator=generator, check=False, **more)

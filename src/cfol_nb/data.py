@@ -103,6 +103,7 @@ class DataSet:
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels."""
         return self.train.class_names
 
 

@@ -14,6 +14,7 @@ from cfol_nb.config import choose
 
 
 def as_is(logits: Tensor, y: Tensor) -> Tensor:
+    """The logits, unchanged: what a method adjusts that adjusts none."""
     return logits
 
 
@@ -99,7 +100,71 @@ class TRADES(Objective):
         return fit + self.beta * _between(clean, logits, boundary), logits, clean
 
 
-OBJECTIVES = {"clean": Clean, "at": AT, "trades": TRADES}
+class MART(Objective):
+    """CE(x') - log(1 - max over j != y of p_j(x')) + beta KL(p(x) || p(x')) (1 - p_y(x)); the attack is on the CE (Wang
+    et al., ICLR 2020, equation 11, with 5 for beta; the authors' code, which adds small constants in the logarithms,
+    has 6). What a method does to logits, it does to those of the first two terms; smoothing is of the first alone.
+    """
+
+    attack_loss = "ce"
+
+    def __init__(self, beta: float = 6.0):
+        if not 0 <= beta < float("inf"):
+            raise ValueError(f"beta={beta} is not a finite number >= 0")
+        self.beta = beta
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None, smoothing=0.0
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        clean, logits, own = model(x), model(x_adv), y.unsqueeze(1)
+        fit = adjust(logits, y)
+        other = fit.scatter(1, own, -torch.inf).argmax(1, keepdim=True)
+        rest = fit.scatter(1, other, -torch.inf).logsumexp(1) - fit.logsumexp(1)  # log(1 - p_j), without cancellation
+        between = kl(clean, logits) * (1 - clean.softmax(1).gather(1, own).squeeze(1))
+        between = between if boundary is None else between * boundary.to(between)
+        boosted = F.cross_entropy(fit, y, reduction="none", label_smoothing=smoothing) - rest
+        return boosted + self.beta * between, logits, clean
+
+
+class ARD(Objective):
+    """T^2 KL(softmax(t(x) / T) || softmax(f(x') / T)) / K, t(x) the teacher's logits; the attack is on the CE.
+
+    temperature: T, 30. Adversarially robust distillation (Goldblum et al., AAAI 2020), without its share of CE(x),
+    which is 0 in what is published of Fair-ARD. Divided by K as by torch's KLDivLoss, which the authors use.
+    """
+
+    attack_loss = "ce"
+    needs_teacher = True
+
+    def __init__(self, temperature: float = 30.0):
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature={temperature} is not a finite number > 0")
+        self.temperature = temperature
+
+    def __call__(
+        self, model, x, x_adv, y, adjust=as_is, boundary=None, smoothing=0.0, teacher=None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        logits, t = model(x_adv), self.temperature
+        return t**2 * kl(teacher[0] / t, logits / t) / logits.shape[1], logits, None
+
+
+class RSLAD(Objective):
+    """(KL(p_t(x) || p(x)) + 5 KL(p_t(x) || p(x'))) / (6 K), p_t the teacher's softmax; the attack is on the second KL
+    (Zi et al., ICCV 2021, equation 6). Divided by K as in the authors' code."""
+
+    attack_loss = "teacher"
+    needs_teacher = True
+
+    def __call__(
+        self, model, x, x_adv, y, adjust=as_is, boundary=None, smoothing=0.0, teacher=None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        clean, logits = model(x), model(x_adv)
+        between = kl(teacher[0], logits)
+        between = between if boundary is None else between * boundary.to(between)
+        return (kl(teacher[1], clean) + 5 * between) / (6 * logits.shape[1]), logits, clean
+
+
+OBJECTIVES = {"clean": Clean, "at": AT, "trades": TRADES, "mart": MART, "ard": ARD, "rslad": RSLAD}
 
 
 class TemporalEnsemble(nn.Module):

@@ -211,6 +211,7 @@ class Outcomes:
         return self.predictions
 
     def tensors(self) -> dict[str, Tensor]:
+        """What a file of outcomes holds; with `meta` it is all of them."""
         return {
             "labels": torch.from_numpy(self.labels),
             **{f"prediction.{k}": torch.from_numpy(v) for k, v in self._whole().items()},
@@ -218,6 +219,7 @@ class Outcomes:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], meta: dict) -> Outcomes:
+        """The outcomes that `tensors` and `meta` gave."""
         return cls(
             tensors["labels"].numpy(),
             {k: tensors[f"prediction.{k}"].numpy() for k in ("clean", *meta["order"])},
@@ -255,6 +257,7 @@ class Outcomes:
         )
 
     def meta(self) -> dict:
+        """Names, settings and checks as JSON."""
         checks = {k: table.to_dict("list") for k, table in self.checks.items()}
         return {
             "class_names": list(self.class_names),

@@ -75,6 +75,7 @@ class Shuffle(_Stateful):
         self.next = n
 
     def draw(self, n: int) -> Tensor:
+        """(n,) int64: the next indices of the pass. Raises ValueError for more than there are."""
         if _count("n", n) > self.n:
             raise ValueError(f"a batch of {n} is larger than the {self.n} images there are")
         if self.next + n > self.n:

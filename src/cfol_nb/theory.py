@@ -45,6 +45,7 @@ class Blobs:
 
     @classmethod
     def make(cls, sizes, eps: float = 0.05, noise: tuple[float, float] = (0.05, 0.3), seed: int = 0) -> Blobs:
+        """sizes: examples of each class. noise: that of the first and of the last class."""
         k, rng = len(sizes), np.random.default_rng(seed)
         y = np.repeat(np.arange(k), sizes)
         width = np.linspace(*noise, k)[y, None]
@@ -52,6 +53,7 @@ class Blobs:
 
     @property
     def k(self) -> int:
+        """Number of classes, and of coordinates."""
         return self.x.shape[1]
 
     def worst(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

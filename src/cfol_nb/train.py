@@ -27,7 +27,7 @@ from cfol_nb.engine import choose_engine, make_step
 from cfol_nb.evaluate import class_losses, evaluate
 from cfol_nb.features import REMAKES
 from cfol_nb.files import Corrupt, Unsigned, code_hash, read_tensors, write_tensors
-from cfol_nb.methods import METHODS, Context, build_method
+from cfol_nb.methods import METHODS, Context, Method, build_method
 from cfol_nb.models import MODELS, build, initialised_from, sharing
 from cfol_nb.objectives import OBJECTIVES, TemporalEnsemble
 from cfol_nb.outcomes import Outcomes
@@ -53,6 +53,9 @@ def check(config: RunConfig) -> None:
     if wanted != (config.teacher is not None):
         who = f"objective {config.objective['name']!r} with method {config.method['name']!r}"
         raise ValueError(f"{who} needs a teacher: give the run one" if wanted else f"{who} has no use for a teacher")
+    if objective.needs_teacher and (config.label_smoothing or method.adjust.__func__ is not Method.adjust):
+        what = f"method {config.method['name']!r}" if not config.label_smoothing else "label_smoothing"
+        raise ValueError(f"objective {config.objective['name']!r} has no cross-entropy that {what} could change")
     if objective.attack_loss is None and {"attack", "right"} & method.asks:
         about = f"method {config.method['name']!r} is about the training attack"
         raise ValueError(f"{about}: objective {config.objective['name']!r} has none")

@@ -25,7 +25,8 @@ def _wrong(batch: Batch) -> Tensor:
 
 @register("cfol")
 class CFOL(Method):
-    """Exp3 over classes, fed with the 0-1 loss under attack.
+    """Exp3 over classes, fed with the 0-1 loss under attack: p = gamma / K + (1 - gamma) softmax(w), and an example of
+    class y that is wrong adds to w_y eta over the probability that the class was drawn with.
 
     form: "sample" draws classes from p; "reweight" draws as ERM does and weighs the loss by p_y over the share of class
     y in the images, which is K p_y on balanced data (Table 10 of the submission). gamma: share of uniform draws.
@@ -67,6 +68,7 @@ class CFOL(Method):
 
     @property
     def classes(self) -> ClassSampler:
+        """The sampler over classes."""
         return self.sampler if self.form == "sample" else self.adversary
 
     def weigh(self, batch: Batch) -> Tensor | None:
@@ -96,7 +98,10 @@ class CFOL(Method):
 
 @register("fol")
 class FOL(Method):
-    """Exp3 over examples (Shalev-Shwartz and Wexler 2016). Default drift: 5e-7 * 40,000 * 200 = 4, as released."""
+    """Exp3 over examples (Shalev-Shwartz and Wexler 2016): CFOL's rule, with the N examples for the K classes.
+
+    Default drift: 5e-7 * 40,000 * 200 = 4, as released.
+    """
 
     def __init__(self, *run, gamma: float = 0.5, eta: float | None = None, drift: float = 4.0, **named):
         super().__init__(*run, **named)

@@ -20,7 +20,7 @@ def worst_mixture(a: Tensor, r: float) -> Tensor:
     with torch.no_grad():
         gap = a.max() - a.double()
         gap = gap / gap.max().clamp_min(torch.finfo(gap.dtype).tiny)
-        low, high = gap.new_tensor([-60.0, 20.0])
+        low, high = (torch.full_like(gap[0], end) for end in (-60.0, 20.0))
 
         def mixture(at: Tensor) -> Tensor:
             q = 1 / (at.exp() + gap)
