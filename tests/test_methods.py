@@ -291,6 +291,7 @@ def test_frl_at_the_start_is_trades_and_needs_it():
         for o in OBJECTIVES
         if METHODS[m].needs_objective in (None, o)
         and (OBJECTIVES[o].attack_loss or not {"attack", "right"} & METHODS[m].asks)
+        and not (OBJECTIVES[o].needs_teacher or "teacher" in METHODS[m].asks)
     ],
 )
 def test_every_method_trains_with_every_objective(method, objective, tiny, digits):
