@@ -424,6 +424,22 @@ def gallery(x, x_adv, names: Sequence[str], predicted: Sequence[str], radius: np
 
 
 @_figure
+def images(x, names: Sequence[str], predicted: Sequence[str]) -> Figure:
+    """Images (NCHW in [0, 1]) in a row, their class above and what they are taken for below."""
+    x = np.asarray(x)
+    fig, axes = plt.subplots(1, len(x), figsize=(1.5 * len(x) + 1, 2.2), squeeze=False)
+    for ax, image, name, other in zip(axes[0], x, names, predicted, strict=True):
+        shown = image if len(image) == 3 else image[:1]
+        shown = shown.transpose(1, 2, 0)
+        ax.imshow(shown if shown.shape[2] == 3 else shown[..., 0], cmap="gray", vmin=0, vmax=1)
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+        ax.set_title(_name(name, 20), fontsize=10)
+        ax.set_xlabel(_name(other, 20), fontsize=10, color=ROBUST)
+    return fig
+
+
+@_figure
 def deviations(groups: Mapping[str, Outcomes | Sequence[Outcomes]], attack: str | None = None) -> Figure:
     """One panel per group: how far each class lies from the mean (Benz et al. 2021), averaged over runs.
 

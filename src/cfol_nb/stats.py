@@ -145,6 +145,17 @@ def view(outcomes: Outcomes | Sequence[Outcomes], attack: str) -> list[Outcomes]
     ]
 
 
+def only(outcomes: Outcomes, names: Sequence[str]) -> Outcomes:
+    """The images of these classes; predictions of others become the class after the own one, which is wrong, too."""
+    number = {outcomes.class_names.index(name): i for i, name in enumerate(names)}
+    to = np.array([number.get(c, -1) for c in range(len(outcomes.class_names))])
+    rows = to[outcomes.labels] >= 0
+    labels = to[outcomes.labels[rows]]
+    predictions = {k: to[v[rows]] for k, v in outcomes.predictions.items()}
+    predictions = {k: np.where(v < 0, (labels + 1) % len(names), v) for k, v in predictions.items()}
+    return Outcomes(labels, predictions, tuple(names), outcomes.attacks)
+
+
 def _same_images(several: Sequence[Outcomes]) -> None:
     for o in several[1:]:
         if not np.array_equal(o.labels, several[0].labels) or o.class_names != several[0].class_names:

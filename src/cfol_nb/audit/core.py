@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from cfol_nb.attacks import admit, answers, as_float, as_labels, evaluating, gradient, predict, weight_of
+from cfol_nb.audit.radii import FACTORS, refine, sweep
 from cfol_nb.audit.result import Audit
-from cfol_nb.autoattack import Evaluation, TimeUp, find_worst, interleaved
+from cfol_nb.autoattack import COST, Evaluation, TimeUp, find_worst, interleaved
 from cfol_nb.checks import PASSES, black_box_check, checklist, short_pgd
 from cfol_nb.config import Attack, AutoAttack
+from cfol_nb.corruptions import corrupt
 from cfol_nb.evaluate import evaluate
 from cfol_nb.files import Corrupt, bar, read_tensors, write_tensors
 from cfol_nb.outcomes import COLUMNS, Outcomes
-
-FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the radius, in the sweep
 
 
 def _takes_three(model: nn.Module, image: Tensor) -> bool:
@@ -70,33 +70,83 @@ def _checked(
     return names, clean
 
 
-def _sweep(model: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: str) -> Tensor:
-    """(n,) smallest radius of the sweep at which PGD-20 breaks an image, 0 if it is wrong as it is, inf if at none."""
-    tensor = weight_of(model)
-    x, y = as_float(images, tensor.dtype, tensor.device), labels.to(tensor.device)
-    first, rows = torch.full((len(labels),), torch.inf), torch.arange(len(labels))
-    with evaluating(model), torch.no_grad():
-        for r in (0.0, *(f * eps for f in FACTORS)):
-            points = x if r == 0 else short_pgd(model, x, y, r, norm, 20, retire=True)
-            fell = answers(model(points), y) != y
-            first[rows[fell.cpu()]] = r
-            rows, x, y = rows[~fell.cpu()], x[~fell], y[~fell]
-            if not len(rows):
-                break
-    return first
-
-
 class _Timed(nn.Module):
-    """The model, until the deadline; after it TimeUp."""
+    """The model, until the deadline; after it TimeUp. passes: of single images so far, a gradient counts as one."""
 
     def __init__(self, model: nn.Module, deadline: float):
         super().__init__()
-        self.model, self.deadline = model, deadline
+        self.model, self.deadline, self.passes = model, deadline, 0
 
     def forward(self, x: Tensor) -> Tensor:
         if time.monotonic() > self.deadline:
             raise TimeUp
+        self.passes += len(x) * (1 + (x.requires_grad and torch.is_grad_enabled()))
         return self.model(x)
+
+
+class _Left:
+    """How long the rest of an audit takes, all parts together: the passes that are left, by what one took so far.
+
+    What AutoAttack has not come to is taken to be as PGD-20 says: an image that PGD-20 broke falls in a tenth of its
+    first attack, another one withstands all its rounds.
+    """
+
+    def __init__(self, e: Evaluation, timed: _Timed, each_pass: float, more: float):
+        """each_pass: seconds, as first measured; more: passes of the parts between PGD-20 and AutoAttack."""
+        self.e, self.timed, self.each_pass, self.more = e, timed, each_pass, more
+        self.start, self.attacked = time.monotonic(), (0.0, 0.0)
+        cost = torch.tensor([0.0, *(math.prod(COST[r.attack]) for r in e.rounds)], dtype=torch.float64)
+        self.cost = cost.sum() - cost.cumsum(0)  # that is left after so many rounds
+
+    def rounds(self, predicted: Tensor, share: float | None) -> float:
+        """Passes of AutoAttack. predicted: by PGD-20, -1 where it has not come to; share: of AutoAttack's work done, as
+        it says itself, None before it began."""
+        e, seen = self.e, (predicted >= 0) & (self.e.broken_by != 0)
+        falls = torch.where(seen, predicted != e.labels, (predicted != e.labels)[seen].double().mean().nan_to_num())
+        rest, quick = self.cost[e.passed], 0.1 * (self.cost[0] - self.cost[1])
+        rest = torch.where(e.passed == 0, rest + falls * (quick - rest), rest)
+        left = (rest * (e.broken_by < 0)).sum().item()
+        if share is not None:  # inside a batch
+            before = torch.where(e.broken_by < 0, 1 - self.cost[e.passed] / self.cost[0], 1.0).mean().item()
+            left -= (share - before) * len(e.labels) * self.cost[0].item()
+        return max(left, 0.0)
+
+    def __call__(self, predicted: Tensor, share: float | None = None) -> float:
+        """Seconds; the arguments are those of `rounds`."""
+        now, passes, left = time.monotonic(), self.timed.passes, self.rounds(predicted, share)
+        if share is None:
+            n = max(int((predicted >= 0).sum()), 1)
+            left += self.more + passes / n * (len(predicted) - n)
+            self.attacked = now, left
+        since, first = self.attacked
+        if share is not None and first - left > 0.1 * first:  # enough to go by
+            return left * (now - since) / (first - left)
+        return left * ((since - self.start) / passes if passes else self.each_pass)
+
+
+def _points(path: Path, shape: Sequence[int], begun: bool) -> Tensor:
+    """(N, C, H, W) float32 in a file that NumPy reads, so that it takes no memory; an earlier call's as it was left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if begun and not path.exists():
+        raise Corrupt(f"{path} is gone; delete the folder to make it anew")
+    mode = "r+" if path.exists() else "w+"
+    return torch.from_numpy(np.lib.format.open_memmap(path, mode, np.float32, tuple(shape)))
+
+
+def _corrupted(
+    model: nn.Module, images: Tensor, labels: Tensor, name: str, batch_size: int, seed: int
+) -> dict[str, np.ndarray]:
+    """ "name severity" -> (N,) predictions."""
+    tensor, out = weight_of(model), {}
+    for severity in range(1, 6):
+        generator, predicted = torch.Generator().manual_seed(seed), []
+        with evaluating(model), torch.no_grad():
+            for i in range(0, len(labels), batch_size):
+                x = as_float(images[i : i + batch_size], torch.float32, "cpu")
+                x = corrupt(x, name, severity, generator).to(tensor.device, tensor.dtype)
+                predicted.append(answers(model(x), labels[i : i + batch_size].to(tensor.device)).cpu())
+        out[f"{name} {severity}"] = torch.cat(predicted).numpy()
+    return out
 
 
 def audit(
@@ -117,6 +167,10 @@ def audit(
     batch_size: int | None = None,
     seed: int = 0,
     show: int = 6,
+    files: Sequence[str] = (),
+    attributes: pd.DataFrame | None = None,
+    corruptions: Sequence[str] = (),
+    keep_images: bool = False,
 ) -> Audit:
     """How robust is each class of this model, how sure is that, and what attacks it?
 
@@ -132,6 +186,10 @@ def audit(
     surrogate: see `checks.checklist`. compiled: attack a compiled copy of the model (half a minute; for long audits).
     batch_size: images at a time; by default 250 of 3 x 32 x 32, fewer if they are larger (on a GPU beyond 16 times that
     size); random draws depend on it. show: images in the gallery.
+    files: (N,) names of the images. attributes: one row per image, a column for each attribute (camera, site), by whose
+    values, and by class and value, accuracies are stated, too. corruptions: names of `corruptions.CORRUPTIONS`, judged
+    at severities 1 to 5 without an attack. keep_images: AutoAttack's images are kept in folder/images as
+    adversarial-*.npy, (N, C, H, W) float32; the image itself where none was found.
     Everything that can be refused is refused before the first attack: ValueError, FloatingPointError.
     """
     start, labels, images = time.monotonic(), as_labels(labels), admit(model, images)
@@ -146,6 +204,13 @@ def audit(
         batch_size = min(max(room // max(images[:1].numel(), 1), 1), 250)
     spec = AutoAttack(eps=eps, norm=norm, version=version)
     eps = spec.eps
+    if keep_images and folder is None:
+        raise ValueError("keep_images=True: a folder is needed to keep them in")
+    if attributes is not None and (len(attributes) != len(labels) or not attributes.shape[1]):
+        rows, columns = attributes.shape
+        raise ValueError(f"{rows} rows of {columns} attributes for {len(labels)} images: one row per image is needed")
+    for each in corruptions:
+        corrupt(as_float(images[:1], torch.float32, "cpu"), each, 1)
     names, clean = _checked(model, images, labels, class_names, batch_size)
     each_pass = (time.monotonic() - start) / len(labels)
     # what comes last, the gallery, takes some 60 passes of each image
@@ -153,10 +218,12 @@ def audit(
     pgd20 = Attack(eps=eps, step=max(eps / 8, 1e-12), steps=20, norm=norm)
     with bar(100, "audit") as progress:
 
-        def upto(share: float) -> None:
-            late = (time.monotonic() - start) / (60 * minutes) if minutes else 0.0
-            progress.update(100 * min(max(share, late), 1) - progress.n)  # the time left is never beyond the limit
+        def show_left(share: float | None = None) -> None:
+            now = time.monotonic()
+            rest = min(left_of(predicted, share), max(deadline - now, 0))  # never beyond the limit
+            progress.update(100 * (now - start) / max(now - start + rest, 1e-9) - progress.n)
 
+        progress.smoothing = 0  # its time left is by all that is done
         e = Evaluation(
             model,
             images,
@@ -164,19 +231,34 @@ def audit(
             spec,
             batch_size=batch_size,
             seed=seed,
-            folder=folder,
+            folder=Path(folder, "images") if keep_images else folder,  # their state, too, or some would be lacking
             compiled=compiled,
-            progress=lambda share: upto(0.1 + 0.9 * share),
+            progress=show_left,
             deadline=deadline,
         )
+        if keep_images:
+            e.points = _points(Path(folder, "images", f"adversarial-{e.identity}.npy"), images.shape, e.seconds > 0)
         state = folder and Path(folder) / f"pgd-{e.identity}.safetensors"
-        predicted, first, kept = torch.full_like(labels, -1), torch.empty(len(labels)), {}
+        predicted, first, kept = torch.full_like(labels, -1), torch.empty(len(labels)).double(), {}
+        radii = [0.0, *(f * eps for f in FACTORS)]
         if state and state.exists() and e.says((before := read_tensors(state))[0]):
             if before[1].get("of") != e.identity:
                 raise Corrupt(f"{state} is of another audit; delete it to make it anew")
-            predicted, first, kept = before[0]["pgd20"], before[0]["first"], before[1]
+            if "radii" in before[1]:  # else of an earlier version
+                predicted, first, kept = before[0]["pgd20"], before[0]["first"], before[1]
+                radii = kept["radii"]
+
+        def keep(**more) -> None:
+            kept.update(more)
+            if state:
+                meta = {**kept, "of": e.identity, "radii": radii}
+                write_tensors(state, {"pgd20": predicted, "first": first, **e.computed}, meta)
+
         order, spent, note = interleaved(labels, seed), e.seconds, ""
         timed, checks = _Timed(model, deadline), pd.DataFrame(columns=COLUMNS)
+        # after the first radii some 40 passes of an image for others
+        corrupted, several = {}, 40 * len(labels) + 5 * len(corruptions) * len(labels)
+        left_of = _Left(e, timed, each_pass, PASSES * min(200, max(20, batch_size), len(labels)) + several)
         try:
             while len(left := order[predicted[order] < 0]):
                 # some 300 passes of each image, so that a limit leaves more than the half of a batch
@@ -184,21 +266,26 @@ def audit(
                 rows = left[: max(min(batch_size, int(room)), 1)]
                 x, y = images[rows], labels[rows]
                 found = evaluate(timed, x, y, {"pgd20": pgd20}, batch_size=batch_size, seed=seed, checks=0)
-                first[rows] = _sweep(timed, x, y, eps, norm)
+                first[rows] = sweep(timed, x, y, radii, norm)
                 predicted[rows] = torch.from_numpy(found.predictions["pgd20"])
-                if state:
-                    write_tensors(state, {"pgd20": predicted, "first": first, **e.computed}, {"of": e.identity})
-                upto(0.1 * (predicted >= 0).double().mean().item())
+                keep()
+                show_left()
             # a fifth of the time that is left, if 20 images may take it
             many = min(200, max(20, batch_size), max(20.0, (deadline - time.monotonic()) / 5 / (PASSES * each_pass)))
             some = order[: int(many)]
             if surrogate or kept.get("checked", 0) < len(some):
                 checks = checklist(timed, images[some], labels[some], eps, norm, surrogate=surrogate)
-                if state and not surrogate:
-                    meta = {"of": e.identity, "checked": len(some), "checks": checks.to_dict("list")}
-                    write_tensors(state, {"pgd20": predicted, "first": first, **e.computed}, meta)
+                if not surrogate:
+                    keep(checked=len(some), checks=checks.to_dict("list"))
             else:
                 checks = pd.DataFrame(kept["checks"], columns=checks.columns)
+            left_of.more = several
+            show_left()
+            for each in corruptions:
+                corrupted |= _corrupted(timed, images, labels, each, batch_size, seed)
+            refine(timed, images, labels, first, radii, eps, norm, batch_size, keep)
+            left_of.more = 0
+            show_left()
             if worst_only:
                 verdict = find_worst(e)
                 if verdict.decided:  # so that its accuracy is no bound
@@ -224,9 +311,12 @@ def audit(
         )
     if fresh.any():
         note += f" PGD-20 came to {(~fresh).sum()} of {len(fresh)} images; the others count as withstanding it."
-    first, right = first.numpy(), (clean == labels).numpy()
+    first, right = first.numpy().astype(float), (clean == labels).numpy()
     first[fresh] = np.where(right, np.inf, 0)[fresh]
-    outcomes = Outcomes(labels.numpy(), {"clean": clean.numpy()}, names, {})
+    outcomes = Outcomes(labels.numpy(), {"clean": clean.numpy()}, names, {}, images=files)
+    for each, values in corrupted.items():
+        corruption, severity = each.split(" ")
+        outcomes.add(each, values, {"corruption": corruption, "severity": int(severity)})
     outcomes.add("pgd20", np.where(fresh, clean.numpy(), predicted.numpy()), pgd20.model_dump())
     if fresh.any():
         skipped = np.bincount(outcomes.labels[fresh & right], minlength=len(names))
@@ -240,26 +330,45 @@ def audit(
     if fell.any():  # known to be broken
         final[fell] = outcomes.predictions["pgd20"][fell]
         settings["broken by PGD-20 alone"] = int(fell.sum())
-    unfinished = np.bincount(outcomes.labels[~e.finished.numpy() & ~fell], minlength=len(names))
-    settings["unfinished"] = int(unfinished.sum())
-    if unfinished.any():
-        note += f" {unfinished.sum()} images are not fully attacked: the accuracies of their classes are upper bounds."
+    open_ = ~e.finished.numpy() & ~fell
+    settings["unfinished"] = int(open_.sum())
+    if open_.any():
+        note += f" {open_.sum()} images are not fully attacked, and count as withstanding."
     if widened:
         note += " The images are grey: the model was given each as three equal channels, attacked on their own."
-    levels = [0.0, *(f * eps for f in FACTORS)]
-    k = len(names)
-    n = np.bincount(outcomes.labels, minlength=k)
-    falls = [np.bincount(outcomes.labels[first > r], minlength=k) / n for r in levels]
+    shown = _gallery(model, images, labels, first, eps, norm, show)
+    fell = ~(outcomes.correct("autoattack") & outcomes.correct("pgd20")) & (first > eps)  # what is broken at eps
+    first[fell] = eps
+    levels, n = np.sort(radii), np.bincount(outcomes.labels, minlength=len(names))
+    left = [np.bincount(outcomes.labels[first > r], minlength=len(names)) / n for r in levels]
+    mistaken = _few(order[(clean != labels)[order]].numpy(), outcomes.labels, show)
+    if keep_images:
+        for rows in (e.broken_by <= 0).nonzero().squeeze(1).split(batch_size):
+            e.points[rows] = as_float(images[rows], torch.float32, "cpu")
     return Audit(
         name,
         outcomes,
-        pd.DataFrame(falls, index=pd.Index(levels, name="radius"), columns=names),
-        _gallery(model, images, labels, first, eps, norm, show),
+        pd.DataFrame(left, index=pd.Index(levels, name="radius"), columns=names),
+        shown,
         first,
-        unfinished,
+        open_,
         note.strip(),
         spent + time.monotonic() - start,
+        mistaken=(as_float(images[mistaken], torch.float32, "cpu"), mistaken),
+        attributes=attributes,
     )
+
+
+def _few(index: np.ndarray, labels: np.ndarray, most: int) -> np.ndarray:
+    """The first of these images, no more than two of a class."""
+    taken: dict[int, int] = {}
+    out = []
+    for i in index:
+        c = int(labels[i])
+        if taken.get(c, 0) < 2 and len(out) < most:
+            taken[c] = taken.get(c, 0) + 1
+            out.append(i)
+    return np.array(out, dtype=int)
 
 
 def _gallery(
@@ -268,13 +377,7 @@ def _gallery(
     """The images that are right and fall at the smallest radius, no more than two of a class, with PGD-20 at eps."""
     tensor = weight_of(model)
     fell = np.flatnonzero((first > 0) & (first <= eps))
-    fell, taken, index = fell[np.argsort(first[fell], kind="stable")], {}, []
-    for i in fell:
-        c = int(labels[i])
-        if taken.get(c, 0) < 2 and len(index) < show:
-            taken[c] = taken.get(c, 0) + 1
-            index.append(i)
-    index = np.array(index, dtype=int)
+    index = _few(fell[np.argsort(first[fell], kind="stable")], labels.numpy(), show)
     x, y = as_float(images[index], tensor.dtype, tensor.device), labels[index].to(tensor.device)
     x_adv = short_pgd(model, x, y, eps, norm, 20, best=True) if len(index) else x
     with evaluating(model), torch.no_grad():
