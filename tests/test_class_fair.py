@@ -1,7 +1,5 @@
 """Class-fair methods of the literature against known answers."""
 
-import copy
-import functools
 import signal
 
 import numpy as np
@@ -10,19 +8,14 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
-from test_hooks import Distils
-from torch import nn
 
-from cfol_nb import engine
 from cfol_nb.config import RunConfig
 from cfol_nb.data import limit, split
-from cfol_nb.engine import make_step
 from cfol_nb.methods import METHODS, Batch, Context, build_method
 from cfol_nb.methods.bat import BAT
 from cfol_nb.methods.dafa import transfer
 from cfol_nb.methods.faal import worst_mixture
 from cfol_nb.methods.wat import hedge
-from cfol_nb.models import build
 from cfol_nb.objectives import TRADES
 from cfol_nb.train import Stopped, check, new_model, train
 
@@ -393,26 +386,3 @@ def test_a_run_of_any_method_that_was_stopped_goes_on_to_the_same_bytes(method, 
     for kind, weights in whole.weights.items():
         assert all(torch.equal(v, done.weights[kind][k]) for k, v in weights.items()), kind
     assert done.history == whole.history
-
-
-@pytest.mark.filterwarnings("error::UserWarning")  # of a fall back to eager
-def test_a_compiled_step_with_a_teacher_and_awp_is_the_eager_one(images, monkeypatch):
-    """The teacher aims the attack and teaches; the weights are perturbed in place under the compiled network."""
-    monkeypatch.setattr(engine.torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
-    config, model, left = RunConfig(awp=0.05, steps=2), nn.Sequential(*layers).double(), {}
-    teacher = build("smallcnn", num_classes=10, channels=1).double().eval()
-    for how in ("eager", "compile"):
-        net, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
-        optimizer, method = torch.optim.SGD(net.parameters(), 0.05, 0.9), METHODS["erm"](images[0].labels, 10)
-        step = make_step(config, how, net, Distils(), method, optimizer, generator, 0, False, None, teacher)
-        losses = []
-        for _ in range(2):
-            index = method.draw(24)
-            loss, _ = step(images[0].images[index], images[0].labels[index], index)
-            losses.append(loss)
-        left[how] = net.state_dict() | {"losses": torch.stack(losses)}
-    for k, v in left["eager"].items():
-        torch.testing.assert_close(left["compile"][k], v, rtol=0, atol=1e-10)

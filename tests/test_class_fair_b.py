@@ -11,7 +11,8 @@ from cfol_nb.data import limit, split
 from cfol_nb.engine import make_step
 from cfol_nb.methods import METHODS, Batch, Context
 from cfol_nb.methods.csr import spectral_weights
-from cfol_nb.models import build
+from cfol_nb.methods.longtail import tau_normalised
+from cfol_nb.models import build, last_linear
 from cfol_nb.objectives import OBJECTIVES
 from cfol_nb.train import check, new_model, train
 
@@ -346,3 +347,13 @@ def test_mart_by_hand():
     losses.sum().backward()
     assert losses.item() == pytest.approx(800 + 800 - np.log(1 + np.e))
     assert z.grad.isfinite().all()
+
+
+# -- after training ----------------------------------------------------------------------------------------------------
+
+
+def test_hwnwb_brings_the_weights_of_the_classes_to_length_1_and_keeps_their_bias():
+    model, x = build("mlp", num_classes=4, channels=1).double(), torch.rand(6, 1, 8, 8).double()
+    head = last_linear(model)
+    unbiased, w = model(x) - head.bias, head.weight.norm(dim=1)
+    torch.testing.assert_close(tau_normalised(model, keep_bias=True)(x), unbiased / w + head.bias)

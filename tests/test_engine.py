@@ -186,6 +186,7 @@ COMPILED += [("rslad", {"steps": 3, "awp": 0.05}), ("ard", {"training_attack": "
 COMPILED += [("mart", {"steps": 3}), ("bat", {"steps": 3})]
 
 
+@pytest.mark.filterwarnings("error:the fast engine fails")
 @pytest.mark.parametrize(("objective", "given"), COMPILED, ids=str)
 @pytest.mark.parametrize("model", ["smallcnn", {"name": "preactresnet18", "width": 4}], ids=["cnn", "batch norm"])
 def test_a_compiled_step_is_the_eager_one_in_few_compilations(images, monkeypatch, model, objective, given):

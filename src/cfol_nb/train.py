@@ -53,7 +53,8 @@ def check(config: RunConfig) -> None:
     if wanted != (config.teacher is not None):
         who = f"objective {config.objective['name']!r} with method {config.method['name']!r}"
         raise ValueError(f"{who} needs a teacher: give the run one" if wanted else f"{who} has no use for a teacher")
-    if objective.needs_teacher and (config.label_smoothing or method.adjust.__func__ is not Method.adjust):
+    adjusts = getattr(method.adjust, "__func__", None) is not Method.adjust
+    if objective.needs_teacher and (config.label_smoothing or adjusts):
         what = f"method {config.method['name']!r}" if not config.label_smoothing else "label_smoothing"
         raise ValueError(f"objective {config.objective['name']!r} has no cross-entropy that {what} could change")
     if objective.attack_loss is None and {"attack", "right"} & method.asks:

@@ -34,7 +34,7 @@ class HAM(Method):
             self.register_buffer(name, torch.zeros(self.num_classes, dtype=torch.float64))
 
     def weigh(self, batch: Batch) -> Tensor:
-        hard = ~(batch.right[:, self.after] & self.hard_only)
+        hard = (~(batch.right[:, self.after] & self.hard_only)).to(self.share)
         return hard * len(hard) / hard.sum().clamp_min(1)
 
     def after_step(self, batch: Batch) -> None:

@@ -255,13 +255,14 @@ class LWS(_SecondStage):
 # -- after training ----------------------------------------------------------------------------------------------------
 
 
-def tau_normalised(model: nn.Module, tau: float = 1.0) -> nn.Module:
-    """A copy whose class weights are w_c / |w_c|^tau, without bias (Kang et al. 2020)."""
+def tau_normalised(model: nn.Module, tau: float = 1.0, keep_bias: bool = False) -> nn.Module:
+    """A copy whose class weights are w_c / |w_c|^tau, without bias (Kang et al. 2020); keep_bias with tau 1 is HWNwB
+    (ICLR 2026 submission 14772). It changes the scale of the logits, so judge it by AutoAttack, not by PGD."""
     model = copy.deepcopy(model)
     head = last_linear(model)
     with torch.no_grad():
         head.weight /= head.weight.norm(dim=1, keepdim=True) ** tau
-        if head.bias is not None:
+        if head.bias is not None and not keep_bias:
             head.bias.zero_()
     return model
 
