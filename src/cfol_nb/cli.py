@@ -1,8 +1,9 @@
-"""The command line: `cfol-nb run | train | suite | publish | verify | audit | fetch | list`."""
+"""The command line: `cfol-nb run | train | suite | publish | verify | audit | compare | fetch | list`."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -352,8 +353,7 @@ def _child(pipe: Connection, target, args: tuple) -> None:
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # of the parent alone, which may ignore its own
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-        target(say, *args)
-        say("done")
+        say("done", target(say, *args))
     except BaseException as error:
         kind = "refused" if isinstance(error, ValueError | FileNotFoundError) else "failed"
         with contextlib.suppress(OSError):
@@ -363,8 +363,8 @@ def _child(pipe: Connection, target, args: tuple) -> None:
     os._exit(0)  # whatever threads and exit handlers are left
 
 
-def _watched(target, *args, until: float) -> None:
-    """Run `target(say, *args)` in a process of its own, and print what it says.
+def _watched(target, *args, until: float) -> object:
+    """Run `target(say, *args)` in a process of its own, print what it says, and return what it returns, as JSON has it.
 
     say("doing", text, until): what it does from now on, and the time (of `time.monotonic`) by which that has to end.
     say("print", text): for standard output. ValueError for what it refuses; RuntimeError or TimeoutError, in a sentence
@@ -394,7 +394,7 @@ def _watched(target, *args, until: float) -> None:
             elif kind == "print":
                 typer.echo(words[0])
             elif kind == "done":
-                return
+                return words[0]
             elif kind == "refused":
                 raise ValueError(words[1]) from RuntimeError(words[2])
             elif kind == "failed":
@@ -452,28 +452,55 @@ def audit(
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder of the page; default runs/audits/MODEL-HASH.")
     ] = None,
+    attributes: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="CSV or Parquet: image, and columns such as camera or site.")
+    ] = None,
+    corruptions: Annotated[
+        bool, typer.Option("--corruptions", help="Fog, noise and five more, beside the attacks.")
+    ] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Keep adversarial images and a list of all images, too.")
+    ] = False,
+    fail_below: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit with 3 if the worst class may lie below, by its interval.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print all of it as JSON instead.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print the classes as CSV instead.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print the classes as a LaTeX table instead.")] = False,
 ) -> None:
     """Audit any model: which class is weakest, how sure is that, what attacks it? Prints it and writes one HTML page.
 
-    The same command goes on where an earlier one stopped.
+    The same command goes on where an earlier one stopped. Exit status: 4 if a check of the numbers failed, else 3 with
+    --fail-below, else 0.
 
     Example: cfol-nb audit --model net.py:make --weights net.safetensors --data imagefolder:photos --minutes 30
     """
-    given = locals()
+    given = locals() | {"form": _form(json=json_, csv=csv, latex=latex)}
     start = time.monotonic()  # importing torch, decoding images and loading weights count, too
     if minutes is not None and not minutes < math.inf:
         raise ValueError(f"minutes={minutes}: a finite number is needed")
-    _watched(_audit, start, given, until=math.inf if minutes is None else start + 60 * minutes)
+    until = math.inf if minutes is None else start + 60 * minutes
+    raise typer.Exit(_watched(_audit, start, given, until=until))
 
 
-def _audit(say, start: float, given: dict) -> None:
-    """The command `audit` in its own process. given: its arguments."""
+def _form(**asked: bool) -> str | None:
+    """Which form of output was asked for."""
+    forms = [name for name, wanted in asked.items() if wanted]
+    if len(forms) > 1:
+        raise ValueError(f"--{forms[0]} and --{forms[1]} are two forms of the answer: choose one")
+    return forms[0] if forms else None
+
+
+def _audit(say, start: float, given: dict) -> int:
+    """The command `audit` in its own process: the exit status. given: its arguments."""
     import torch
 
     from cfol_nb import audit as a
     from cfol_nb import data as d
+    from cfol_nb.audit import show
     from cfol_nb.config import choose
-    from cfol_nb.files import runs_dir, write_tensors
+    from cfol_nb.corruptions import CORRUPTIONS
+    from cfol_nb.files import runs_dir
     from cfol_nb.headless import parse
 
     model, data, weights, minutes = (given[k] for k in ("model", "data", "weights", "minutes"))
@@ -487,7 +514,9 @@ def _audit(say, start: float, given: dict) -> None:
     say("doing", f"reading {data}", end)
     images = d.limit(a.unseen(model, data, given["image_size"]), given["limit"])
     names = images.class_names
-    say("print", f"{len(images)} images of {len(names)} classes, in this order: {', '.join(names)}")
+    attributes = given["attributes"] and a.read_attributes(given["attributes"], images.files)
+    tell = print if given["form"] else functools.partial(say, "print")  # here print goes to standard error
+    tell(f"{len(images)} images of {len(names)} classes, in this order: {', '.join(names)}")
     asked = [_place(str(given[k])) for k in ("model", "weights", "data")]
     asked += [given[k] for k in ("eps", "norm", "version", "limit", "image_size")]
     settings = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
@@ -513,15 +542,60 @@ def _audit(say, start: float, given: dict) -> None:
         minutes=None if minutes is None else max(minutes - (time.monotonic() - start) / 60, 0),
         folder=folder,
         compiled=given["compiled"],
+        files=images.files,
+        attributes=attributes,
+        corruptions=tuple(CORRUPTIONS) * given["corruptions"],
+        keep_images=given["images"],
     )
     say("doing", "writing the page", math.inf)
-    write_tensors(folder / "outcomes.safetensors", found.outcomes.tensors(), found.outcomes.meta())
+    found.outcomes.save(folder / "outcomes.safetensors")
+    if given["images"]:
+        found.images().to_csv(folder / "images" / "images.csv", index=False)
     page = found.html(folder / "audit.html")
-    say("print", f"per cent [95 % interval]\n{found.stated().to_string(index=False)}")
-    say("print", f"\nimages that each attack was the first to break\n{found.broken_by().to_string()}")
-    if len(found.checks):
-        say("print", f"\n{found.checks.to_string(index=False)}")
-    say("print", f"\n{found.verdict()}\n\n{page}")
+    form = given["form"]
+    say("print", show.rendered(form, found.answer) if form else f"{show.text(found)}\n\n{page}")
+    status, why = show.status(found.answer, given["fail_below"])
+    if why:
+        print(why)
+    return status
+
+
+@app.command()
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Folders of audits, runs of `cfol-nb list`, published ones, or CSVs."),
+    ],
+    attack: Annotated[str | None, typer.Option(help="By default the last one that all have.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Of CSVs with numbers: one name a line, in their order.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="The page; default runs/compared/MODELS.html.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print all of it as JSON instead.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print the classes as CSV instead.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print the classes as a LaTeX table instead.")] = False,
+) -> None:
+    """Compare models on the same images, class by class: what changed from the first to each other one, with paired
+    tests and intervals. Prints it and writes one HTML page. A CSV has columns label, clean, one for each attack, and
+    image, if they have names.
+
+    Example: cfol-nb compare before.csv after.csv --attack pgd20
+    """
+    from cfol_nb import audit as a
+    from cfol_nb.audit import show
+    from cfol_nb.files import as_name, runs_dir
+
+    form = _form(json=json_, csv=csv, latex=latex)
+    names = classes and [line for line in classes.read_text().splitlines() if line.strip()]
+    short = [Path(m).stem if Path(m).exists() else m.removeprefix("run:") for m in models]
+    labels = short if len(set(short)) == len(models) else models
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"{' '.join(models)}: the same model is named twice")
+    found = a.compare({k: a.outcomes_of(m, names) for k, m in zip(labels, models, strict=True)}, attack)
+    page = found.html(out or runs_dir() / "compared" / f"{as_name('-'.join(short))}.html")
+    typer.echo(show.rendered(form, found.answer) if form else f"{found.text()}\n\n{page}")
 
 
 @app.command()
