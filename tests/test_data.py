@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import chisquare
+from scipy.stats import chisquare, ks_2samp, kstest
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import functional as TF
 
 from cfol_nb import data
 from cfol_nb.config import RunConfig
-from cfol_nb.data import DataSet, ImageSet, Skipped, augment, leave_out, limit, load, long_tail, prepare, split
+from cfol_nb.data import DataSet, ImageSet, Skipped, augment, jitter, leave_out, limit, load, long_tail, prepare, split
 from cfol_nb.evaluate import as_float
 from cfol_nb.files import Corrupt
 from cfol_nb.runs import folder_of
@@ -133,6 +134,35 @@ def test_augment_can_do_one_or_nothing():
     same, mirrored = (out == x).flatten(1).all(1), (out == x.flip(3)).flatten(1).all(1)
     assert (same | mirrored).all()
     assert 10 < same.sum() < 40
+
+
+@pytest.mark.parametrize(("channels", "h", "w", "degrees"), [(3, 32, 32, 2.0), (1, 8, 8, 40.0), (3, 24, 40, 30.0)])
+def test_jitter_is_torchvisions_image_by_image_with_the_same_draws(channels, h, w, degrees):
+    n, colour = 30, 0.25
+    x = torch.rand(n, channels, h, w, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    got, g = jitter(x, colour, degrees, torch.Generator().manual_seed(2)), torch.Generator().manual_seed(2)
+    order, factor = torch.rand(2, n, 3, dtype=x.dtype, generator=g)
+    angle = degrees * (2 * torch.rand(n, dtype=x.dtype, generator=g) - 1)
+    changes = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation
+    for i, image in enumerate(x):
+        for kind in order[i].argsort().tolist():
+            image = changes[kind](image, 1 + colour * (2 * factor[i, kind].item() - 1))
+        torch.testing.assert_close(got[i], TF.rotate(image, angle[i].item()), rtol=0, atol=1e-12)
+    assert torch.equal(jitter(x, 0.0, 0.0), x)
+    assert torch.equal(jitter(x, colour, degrees, torch.Generator().manual_seed(2)), got)
+
+
+def test_jitter_draws_what_torchvisions_transforms_draw():
+    """Brightness alone shows on a white pixel, contrast on none of an even image: orders and factors are uniform."""
+    x = torch.full((6000, 3, 2, 2), 0.5, dtype=torch.float64)
+    x[:, 1:] = 0.25
+    out = jitter(x, 0.2, 0.0, torch.Generator().manual_seed(0))[:, :, 0, 0]
+    # without clamping the three are linear: grey g -> b g, and the difference of two channels -> b c s of it
+    grey = (out * torch.tensor([0.2989, 0.587, 0.114])).sum(1) / (0.5 * 0.2989 + 0.25 * 0.701)
+    spread = (out[:, 0] - out[:, 1]) / 0.25
+    assert kstest(grey / 0.9999, "uniform", (0.8, 0.4)).pvalue > 0.001
+    b, c, s = np.random.default_rng(0).uniform(0.8, 1.2, (3, 6000))
+    assert ks_2samp(spread, b * c * s).pvalue > 0.001
 
 
 def test_as_float_divides_bytes_only():

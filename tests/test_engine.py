@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfol_nb import engine
 from cfol_nb.attacks import pgd
-from cfol_nb.config import RunConfig
+from cfol_nb.config import RunConfig, options
 from cfol_nb.data import limit, split
 from cfol_nb.engine import Frozen, choose_engine, make_step
 from cfol_nb.evaluate import as_float, evaluate
@@ -63,7 +63,7 @@ def parts(config, images, device="cpu"):
     model = build(num_classes=10, channels=1, **config.model).to(device)
     model = model.double() if config.dtype == "float64" else model
     method = build_method(config.method, images.labels, 10, examples=1000).to(device)
-    objective = OBJECTIVES[config.objective["name"]]()
+    objective = OBJECTIVES[config.objective["name"]](**options("objective", config.objective, OBJECTIVES))
     unattacked = objective.attack_loss is None and {"attack", "right"} & method.asks
     if unattacked or method.needs_objective not in (None, config.objective["name"]):
         pytest.skip("a run of these is refused")
@@ -100,6 +100,31 @@ def test_no_step_waits_for_the_device(images, method, objective, ensembling):
         assert not watch.waits
         seen.add((index.shape, told.logits.shape))
     assert seen == {((32,), (32, 10))}
+
+
+@pytest.mark.parametrize(("start", "spread"), [("uniform", 0.05 / 3**0.5), ("gaussian", 0.001)])
+def test_an_objective_chooses_where_the_attack_starts(images, monkeypatch, start, spread):
+    """A step so small that it does not show leaves the start: noise around mid grey."""
+    seen, given = [], {"name": "trades", "start": start}
+    monkeypatch.setattr(OBJECTIVES["trades"], "__call__", lambda self, m, x, x_adv, *rest: keep(seen, x_adv, m(x_adv)))
+    step, _, _ = parts(RunConfig(objective=given, eps=0.05, step=1e-12, steps=1), images[0])
+    step(torch.full((64, 1, 8, 8), 128, dtype=torch.uint8), torch.arange(64) % 10, torch.arange(64))
+    noise = seen[0][..., 1:-1, 1:-1] - 128 / 255
+    assert noise.std().item() == pytest.approx(spread, rel=0.06)
+    assert abs(noise.mean()) < 0.1 * spread
+
+
+def test_jitter_waits_for_no_device_and_is_off_by_default(images):
+    x, y = images[0].images[:32], images[0].labels[:32]
+    logits = []
+    for given in ({}, {"augment": None}, {"augment": {"colour": 0.0, "degrees": 0.0}}, {"augment": {}}):
+        step, _, _ = parts(RunConfig(objective="clean", **given), images[0])
+        with Watch() as watch:
+            logits.append(step(x, y, torch.arange(32))[1].logits)
+        assert not watch.waits
+    assert torch.equal(logits[0], logits[1])
+    torch.testing.assert_close(logits[2], logits[0])
+    assert (logits[3] - logits[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("how", ["eager", "compile"])

@@ -313,7 +313,7 @@ def test_looks_epochs_context_and_averages(tiny, images, probe):
     config = tiny(method="probe", objective={"name": "trades", "beta": 2.5}, epochs=5, validate_every=2)
     done = train(config, *images)
     context, first, *rest = told
-    assert context == Context(5, len(images[0]) // 64, 2.5, config.eps, config.step, 2)
+    assert context == Context(5, len(images[0]) // 64, 2.5, config.eps, config.step, 2, "sgd")
     assert first[0] == 0
     assert same(weights[0], new_model(config, images[0]).state_dict())
     assert [t if isinstance(t, int) else t[:1] for t in rest] == [1, 2, (2,), 3, 4, (4,), 5, (5,)]

@@ -198,41 +198,46 @@ def weights_of(run):
     return head.weight.detach(), head.bias.detach()
 
 
+@pytest.mark.parametrize("statistics", [{}, {"statistics": "moving"}], ids=["frozen", "moving"])
 @pytest.mark.parametrize("name", ["crt", "lws"])
-def test_the_second_stage_changes_the_classifier_alone(name, tiny):
+def test_the_second_stage_changes_the_classifier_alone(name, statistics, tiny):
     parent = tiny(epochs=6, imbalance={"factor": 4})
-    config = tiny(parent=parent, method={"name": name, "counts": "images"}, epochs=3, weight_decay=0, lr=0.05)
+    method = {"name": name, "counts": "images", **statistics}
+    config = tiny(parent=parent, method=method, epochs=3, weight_decay=0, lr=0.05)
     first, second = compute([parent, config])
     before, after = first.model("last").state_dict(), second.model("last").state_dict()
-    changed = [k for k in before if not torch.equal(before[k], after[k])]
-    head = [k for k in before if k.startswith("1.8.")]
-    assert changed == (head if name == "crt" else head[:1])
-    if name == "lws":  # every row is the parent's times one factor
-        factor = after[head[0]] / before[head[0]]
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    head = ["1.8.weight", "1.8.bias"]
+    assert changed - set(head) == {k for k in before if statistics and k.endswith(("_mean", "_var", "_tracked"))}
+    assert changed >= set(head)
+    if name == "lws":  # every row is the parent's times one factor, bias included
+        factor = torch.cat([after[h].view(10, -1) / before[h].view(10, -1) for h in head], 1)
         torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=1e-6, atol=0)
         assert factor[:, 0].std() > 1e-5
 
 
 def test_lws_is_gradient_descent_on_the_factors(tiny, digits):
-    """Against factors f as parameters of their own: z = (f * W) h + b."""
+    """Against factors f as parameters of their own: z = f * (W h + b), with momentum and weight decay."""
     from cfol_nb.models import build
 
     torch.manual_seed(0)
     model = build("smallcnn", channels=1, width=4).double()
     x, y = digits.train.images[:50].double() / 255, digits.train.labels[:50]
     seen, _ = penultimate(model, x)
-    weight, bias = last_linear(model).weight.detach().clone(), last_linear(model).bias.detach()
-    seen, f = seen.detach(), torch.ones(10, 1, dtype=torch.float64, requires_grad=True)
+    weight, bias = last_linear(model).weight.detach().clone(), last_linear(model).bias.detach().clone()
+    seen, f = seen.detach(), torch.ones(10, dtype=torch.float64, requires_grad=True)
     ours = METHODS["lws"](digits.train.labels, 10)
     ours.start(model)
-    steps = [torch.optim.SGD([f], 0.1, 0.9), torch.optim.SGD(model.parameters(), 0.1, 0.9)]
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    steps = [torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.01) for p in ([f], learnt)]
     for _ in range(5):
-        losses = [F.cross_entropy(seen @ (f * weight).T + bias, y), F.cross_entropy(model(x), y)]
+        losses = [F.cross_entropy(f * (seen @ weight.T + bias), y), F.cross_entropy(model(x), y)]
         for loss, step in zip(losses, steps, strict=True):
             step.zero_grad()
             loss.backward()
             step.step()
-    torch.testing.assert_close(last_linear(model).weight, f * weight)
+    torch.testing.assert_close(last_linear(model).weight, f.unsqueeze(1) * weight)
+    torch.testing.assert_close(last_linear(model).bias, f * bias)
     assert (f - 1).abs().max() > 1e-3
 
 
@@ -284,15 +289,18 @@ def test_post_hoc_changes_are_their_formulas():
     torch.testing.assert_close(LogitAdjusted(model, n, 0.5)(x), logits - 0.5 * (n / 150).log())
 
 
-def test_robal_is_its_formula_on_a_cosine_classifier():
+@pytest.mark.parametrize(("head", "scale", "added"), [("cosine", 10, 0), ("robal", 1, 1 / 32)])
+def test_robal_is_its_formula_on_a_cosine_classifier(head, scale, added):
     """s (cos_j - [j = y] (m + tau_m log(n_y / n_min) / s)) + tau_b log pi_j, with s = 10."""
     from cfol_nb.models import build
 
     torch.manual_seed(0)
-    model, x = build("mlp", num_classes=4, channels=1, head="cosine").double(), torch.rand(12, 1, 8, 8).double()
+    model, x = build("mlp", num_classes=4, channels=1, head=head).double(), torch.rand(12, 1, 8, 8).double()
     seen, z = penultimate(model, x)
-    cos = F.cosine_similarity(seen.unsqueeze(1), last_linear(model).weight.unsqueeze(0), dim=2)
-    torch.testing.assert_close(z, 10 * cos)
+    weight = last_linear(model).weight
+    cos = F.cosine_similarity(seen.unsqueeze(1), weight.unsqueeze(0), dim=2)
+    cos = cos * weight.norm(dim=1) / (weight.norm(dim=1) + added)
+    torch.testing.assert_close(z, scale * cos)
     method = make("robal", counts="images")
     method.start(model)
 
@@ -301,8 +309,45 @@ def test_robal_is_its_formula_on_a_cosine_classifier():
         return ce(10 * (c - np.where(np.arange(4) == y, m, 0)) + 1.5 * np.log(COUNTS / 150), y)
 
     assert loss_of(method, z, Y) == pytest.approx(by_hand(formula, cos.detach(), Y), rel=1e-9)
-    with pytest.raises(ValueError, match="head='cosine'"):
+    with pytest.raises(ValueError, match="head='robal'"):
         method.start(build("mlp", channels=1))
+
+
+def test_robal_whole_has_margins_on_the_attacked_image_and_the_divergence_of_the_cosines():
+    """CE(10 (cos' - m_y e_y) + 1.5 log pi, y) + 6 KL(softmax cos || softmax cos'), where cos' is of the image that
+    attacks CE(cos', y)."""
+    from cfol_nb.models import build
+    from cfol_nb.objectives import AT
+
+    torch.manual_seed(0)
+    model = build("mlp", num_classes=4, channels=1, head="robal").double()
+    x, x_adv = torch.rand(2, 12, 1, 8, 8, dtype=torch.float64)
+    method = make("robal", counts="images")
+    method.start(model)
+    objective = AT(beta=6.0)
+    losses, logits, _ = objective(model, x, x_adv, Y, method.adjust, method.boundary(Y))
+    clean, attacked = (model(v).detach().numpy() for v in (x, x_adv))
+    m = 0.1 + 0.03 * np.log(COUNTS / 10)
+    want = []
+    for a, b, y in zip(clean, attacked, Y.numpy(), strict=True):
+        p, q = np.exp(a) / np.exp(a).sum(), np.exp(b) / np.exp(b).sum()
+        z = 10 * (b - m[y] * (np.arange(4) == y)) + 1.5 * np.log(COUNTS / 150)
+        want.append(ce(z, y) + 6 * (p * np.log(p / q)).sum())
+    np.testing.assert_allclose(losses.detach(), want, rtol=1e-10)
+    assert objective.attack_loss == "ce"
+    np.testing.assert_allclose(logits.detach(), attacked)
+
+
+def test_ldam_of_cao_et_al_is_a_scaled_cosine_with_margins():
+    from cfol_nb.models import build
+
+    torch.manual_seed(0)
+    model, x = build("mlp", num_classes=4, channels=1, head="normalised").double(), torch.rand(12, 1, 8, 8).double()
+    seen, z = penultimate(model, x)
+    cos = F.cosine_similarity(seen.unsqueeze(1), last_linear(model).weight.unsqueeze(0), dim=2).detach()
+    m = 0.5 * (COUNTS / 10) ** -0.25
+    want = by_hand(lambda c, y: ce(30 * np.where(np.arange(4) == y, c - m[y], c), y), cos)
+    assert loss_of(make("ldam", counts="images", scale=30.0), z.detach()) == pytest.approx(want, rel=1e-9)
 
 
 def test_what_cannot_be_is_refused_before_work(tiny):
@@ -310,6 +355,11 @@ def test_what_cannot_be_is_refused_before_work(tiny):
         compute([tiny(method="crt")])
     with pytest.raises(ValueError, match="head='cosine'"):
         compute([tiny(method="robal")])
+    with pytest.raises(ValueError, match="optimizer='adam' is not allowed"):
+        compute([tiny(method="lws", parent=tiny(), optimizer="adam")])
+    cosine = {"name": "mlp", "head": "cosine"}
+    with pytest.raises(ValueError, match="head='linear'"):
+        compute([tiny(method="lws", model=cosine, parent=tiny(model=cosine))])
     with pytest.raises(ValueError, match="unknown head"):
         compute([tiny(model={"name": "mlp", "head": "cosin"})])
 

@@ -65,6 +65,17 @@ def test_normalisation_is_the_first_layer_and_is_saved():
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.parametrize(("head", "scale", "added"), [("cosine", 10, 0), ("normalised", 1, 0), ("robal", 1, 1 / 32)])
+def test_heads_are_scaled_cosines(head, scale, added):
+    torch.manual_seed(0)
+    model, x = build("mlp", width=8, channels=1, head=head).double(), torch.rand(5, 1, 8, 8, dtype=torch.float64)
+    assert [tuple(p.shape) for p in model[1][-1].parameters()] == [(10, 8)]  # no bias
+    seen, w = model[1][:-1](model[0](x)).detach().numpy(), model[1][-1].weight.detach().numpy()
+    length = np.linalg.norm(w, axis=1)
+    cos = seen @ w.T / np.linalg.norm(seen, axis=1)[:, None] / length
+    np.testing.assert_allclose(model(x).detach(), scale * cos * length / (length + added), rtol=1e-12)
+
+
 def test_own_models_can_be_registered():
     @register("test-only")
     def make(num_classes, channels, hidden=3):

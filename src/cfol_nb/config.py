@@ -302,6 +302,13 @@ class Ensembling(_Strict):
     ramp: float = Field(0.5, gt=0, le=1, description="part of the run in which the weight grows")
 
 
+class Augment(_Strict):
+    """More than crop and flip: see `cfol_nb.data.jitter`. Defaults: the CFOL submission's and its released code's."""
+
+    colour: float = Field(0.25, ge=0, le=1, description="brightness, contrast and saturation: factors 1 -+ so much")
+    degrees: float = Field(2.0, ge=0, le=180, description="rotation: up to so much either way")
+
+
 MAX_SIDE = 4096  # pixels that an image is resized to at most
 
 
@@ -369,6 +376,7 @@ class RunConfig(_Strict):
     )
     crop: int | None = Field(None, ge=0, description="random crop after padding by so many pixels; None: data set's")
     flip: bool | None = Field(None, description="random horizontal flip; None: data set's")
+    augment: Augment | None = Field(None, description="colour jitter and rotation; {} for usual")
     # what is trained
     model: Spec = Field(description="a network of `cfol-nb list`, with options as model.width")
     objective: Spec = Field(

@@ -692,6 +692,30 @@ def augment(images: Tensor, crop: int, flip: bool, generator: torch.Generator | 
     return images.permute(0, 2, 3, 1)[each, rows.unsqueeze(2), cols.unsqueeze(1)].permute(0, 3, 1, 2).contiguous()
 
 
+def jitter(x: Tensor, colour: float, degrees: float, generator: torch.Generator | None = None) -> Tensor:
+    """Each image with brightness, contrast and saturation changed, in an order of its own, then rotated.
+
+    x: (n, C, H, W) floating point in [0, 1], on any device. colour: each factor is uniform in [1 - colour, 1 + colour];
+    degrees: the angle in [-degrees, degrees], nearest pixels, black corners. As torchvision's ColorJitter and
+    RandomRotation; no loop over images, no wait for the device.
+    """
+    n, c, h, w = x.shape
+    order, factor = torch.rand(2, n, 3, generator=generator, dtype=x.dtype, device=x.device)
+    order, factor = order.argsort(1), 1 + colour * (2 * factor - 1)
+    for kind, by in zip(order.unbind(1), factor.gather(1, order).unbind(1), strict=True):
+        kind, by = (v.view(n, 1, 1, 1) for v in (kind, by))
+        grey = 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:] if c == 3 else x  # ITU-R 601-2
+        other = torch.where(kind == 0, 0.0, torch.where(kind == 1, grey.mean((2, 3), keepdim=True), grey))
+        x = (by * x + (1 - by) * other).clamp(0, 1)
+    if not degrees:
+        return x
+    angle = degrees * (2 * torch.rand(n, generator=generator, dtype=x.dtype, device=x.device) - 1) * math.pi / 180
+    sin, cos, zero = angle.sin(), angle.cos(), torch.zeros_like(angle)
+    theta = torch.stack([cos, -sin * h / w, zero, sin * w / h, cos, zero], 1).view(n, 2, 3)
+    grid = torch.nn.functional.affine_grid(theta, x.shape, align_corners=False)
+    return torch.nn.functional.grid_sample(x, grid, "nearest", align_corners=False)
+
+
 __all__ = [
     "DATASETS",
     "Corrupt",
@@ -700,6 +724,7 @@ __all__ = [
     "Skipped",
     "augment",
     "fingerprint",
+    "jitter",
     "leave_out",
     "limit",
     "load",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cfol_nb.attacks import as_float, evaluating, n_fgsm, pgd
 from cfol_nb.config import RunConfig
-from cfol_nb.data import augment
+from cfol_nb.data import augment, jitter
 from cfol_nb.methods import Batch
 from cfol_nb.objectives import TemporalEnsemble
 
@@ -97,7 +97,7 @@ def make_step(
 ) -> StepFunction:
     """The step: (pixels (n, C, H, W) uint8, y (n,), index (n,)) -> (mean loss, `Batch`), and the weights have moved.
 
-    Crop and flip, attack, forward, backward, optimiser; drawing and telling the method are the caller's.
+    Crop, flip, jitter, attack, forward, backward, optimiser; drawing and telling the method are the caller's.
     """
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
@@ -130,7 +130,7 @@ def make_step(
             loss, options["reference"] = "kl", taught
         if config.training_attack.name == "n-fgsm":
             return n_fgsm(attacked, x, y, eps, config.training_attack.k, loss, **options)
-        return pgd(attacked, x, y, eps, step, config.steps, config.norm, loss, **options)
+        return pgd(attacked, x, y, eps, step, config.steps, config.norm, loss, objective.random_start, **options)
 
     def wide(logits: Tensor) -> Tensor:  # bfloat16 is too coarse for margins, priors and differences of probabilities
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -140,6 +140,8 @@ def make_step(
 
     def step(pixels: Tensor, y: Tensor, index: Tensor) -> tuple[Tensor, Batch]:
         x = as_float(augment(pixels, crop, flip, generator), dtype, device)
+        if config.augment is not None:
+            x = jitter(x, config.augment.colour, config.augment.degrees, generator)
         known, taught, right = Batch(index, y), (None, None), []
         with low_precision:
             if frozen is not None:

@@ -53,12 +53,20 @@ class Normalize(nn.Module):
 
 
 class Cosine(nn.Linear):
-    """Logits SCALE * cos(features, class weights), as in RoBal (Wu et al. 2021)."""
+    """Logits scale * cos(features, class weights), the length of the weights being taken as longer by `added`."""
 
-    SCALE = 10.0
+    def __init__(self, features: int, num_classes: int, scale: float, added: float):
+        super().__init__(features, num_classes, bias=False)
+        self.scale, self.added = scale, added
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.SCALE * F.linear(F.normalize(x), F.normalize(self.weight))
+        length = torch.linalg.vector_norm(self.weight, dim=1, keepdim=True) + self.added
+        return self.scale * F.linear(F.normalize(x), self.weight / length.clamp_min(1e-12))
+
+
+# scale and added of `Cosine`: the usual one; Cao et al.'s (2019); RoBal's (Wu et al. 2021), which at the start of
+# training makes the logits smaller by 5 %
+HEADS = {"linear": None, "cosine": (10.0, 0.0), "normalised": (1.0, 0.0), "robal": (1.0, 1 / 32)}
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
@@ -81,7 +89,8 @@ def build(
     """A new network: `Normalize`, then the body. Initialised from torch's global generator.
 
     mean, std: per channel of images in [0, 1]; 0.5 and 0.25 if not given. spec: options of the network, e.g. width.
-    head: "linear", or "cosine" for a cosine classifier in place of the last linear layer.
+    head: "linear", or in place of the last linear layer a cosine classifier, see HEADS: "cosine" of scale 10,
+    "normalised" of scale 1, or "robal" of scale 1 with 1/32 added to the length of the weights.
     Raises ValueError for an unknown name or option.
     """
     rest = options("model", {"name": name, **spec}, MODELS, given=("num_classes", "channels"))
@@ -90,10 +99,10 @@ def build(
     if channels < 1:
         raise ValueError(f"channels={channels}: images have at least 1")
     body = MODELS[name](num_classes=num_classes, channels=channels, **rest)
-    if choose("head", head, ("linear", "cosine")) == "cosine":
+    if (cosine := HEADS[choose("head", head, HEADS)]) is not None:
         where, _, at = [k for k, m in body.named_modules() if isinstance(m, nn.Linear)][-1].rpartition(".")
         last = body.get_submodule(where)[int(at)]
-        body.get_submodule(where)[int(at)] = Cosine(last.in_features, num_classes, bias=False)
+        body.get_submodule(where)[int(at)] = Cosine(last.in_features, num_classes, *cosine)
     return nn.Sequential(
         Normalize([0.5] * channels if mean is None else mean, [0.25] * channels if std is None else std), body
     )

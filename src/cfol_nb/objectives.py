@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfol_nb.attacks import kl
+from cfol_nb.config import choose
 
 
 def as_is(logits: Tensor, y: Tensor) -> Tensor:
@@ -22,16 +23,28 @@ class Objective:
     (n, K) of the clean images, those for the adversarial image and those for the clean one.
 
     attack_loss: see `attacks.LOSSES`; "teacher": "kl" from the first of the teacher's logits; None: no attack.
-    asks: what else it wants of the batch, as of a method.
+    random_start: of the attack, see `attacks.pgd`. asks: what else it wants of the batch, as of a method.
     """
 
     attack_loss: str | None = None
+    random_start = True
     needs_teacher = False
     asks: frozenset[str] = frozenset()
 
     def images(self, attack: Callable[..., Tensor], x: Tensor, y: Tensor):
         """What is called x_adv below. attack(watch=None) -> (n, C, H, W) runs the training attack; watch: see `pgd`."""
         return attack()
+
+
+def _finite(beta: float) -> float:
+    if not 0 <= beta < float("inf"):
+        raise ValueError(f"beta={beta} is not a finite number >= 0")
+    return beta
+
+
+def _between(clean: Tensor, logits: Tensor, boundary: Tensor | None) -> Tensor:
+    between = kl(clean, logits)
+    return between if boundary is None else between * boundary.to(between)
 
 
 class Clean(Objective):
@@ -50,35 +63,41 @@ class Clean(Objective):
 
 
 class AT(Objective):
-    """Cross-entropy on adversarial images (Madry et al. 2018)."""
+    """Cross-entropy on adversarial images (Madry et al. 2018), with beta > 0 + beta KL(clean || adversarial): the
+    second term of TRADES on images that attack the cross-entropy (Wu et al. 2021, with 6)."""
 
     attack_loss = "ce"
+
+    def __init__(self, beta: float = 0.0):
+        self.beta = _finite(beta)
 
     def __call__(
         self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None, smoothing=0.0
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        clean = model(x) if self.beta else None
         logits = model(x_adv)
-        return F.cross_entropy(adjust(logits, y), y, reduction="none", label_smoothing=smoothing), logits, None
+        fit = F.cross_entropy(adjust(logits, y), y, reduction="none", label_smoothing=smoothing)
+        return fit if clean is None else fit + self.beta * _between(clean, logits, boundary), logits, clean
 
 
 class TRADES(Objective):
-    """CE(clean) + beta KL(clean || adversarial), summed over classes; the attack is on the KL (Zhang et al. 2019)."""
+    """CE(clean) + beta KL(clean || adversarial), summed over classes; the attack is on the KL (Zhang et al. 2019).
+
+    start: of the attack, "uniform" in the ball, or the authors' "gaussian": the image and 0.001 N(0, 1).
+    """
 
     attack_loss = "kl"
 
-    def __init__(self, beta: float = 6.0):
-        if not 0 <= beta < float("inf"):
-            raise ValueError(f"beta={beta} is not a finite number >= 0")
-        self.beta = beta
+    def __init__(self, beta: float = 6.0, start: str = "uniform"):
+        self.beta = _finite(beta)
+        self.random_start = choose("start", start, ("uniform", "gaussian")) == "uniform"
 
     def __call__(
         self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, adjust=as_is, boundary=None, smoothing=0.0
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         clean, logits = model(x), model(x_adv)
-        between = kl(clean, logits)
-        between = between if boundary is None else between * boundary.to(between)
         fit = F.cross_entropy(adjust(clean, y), y, reduction="none", label_smoothing=smoothing)
-        return fit + self.beta * between, logits, clean
+        return fit + self.beta * _between(clean, logits, boundary), logits, clean
 
 
 class MART(Objective):

@@ -34,8 +34,8 @@ from cfol_nb.outcomes import Outcomes
 
 
 def _context(config: RunConfig, objective, per_epoch: int = 0) -> Context:
-    beta = getattr(objective, "beta", None)
-    return Context(config.epochs, per_epoch, beta, config.eps, config.step, config.steps)
+    beta = getattr(objective, "beta", None) or None
+    return Context(config.epochs, per_epoch, beta, config.eps, config.step, config.steps, config.optimizer)
 
 
 def check(config: RunConfig) -> None:
@@ -65,6 +65,8 @@ def check(config: RunConfig) -> None:
             f"training_attack k=0: the KL divergence that {config.objective['name']!r} attacks has no gradient at the "
             "image itself, so k > 0 is needed"
         )
+    if config.training_attack.name == "n-fgsm" and not objective.random_start:
+        raise ValueError(f"objective {config.objective}: training_attack='n-fgsm' has a start of its own")
     if config.remake is not None:
         own = options("remake", config.remake, REMAKES, given=("model", "images", "seed", "progress"))
         if bad := [f"{k}={v}" for k, v in own.items() if not v > 0]:

@@ -23,6 +23,8 @@ from cfol_nb.evaluate import evaluate
 from cfol_nb.files import Corrupt, bar, read_tensors, write_tensors
 from cfol_nb.outcomes import COLUMNS, Outcomes
 
+VALUES = 50  # of an attribute, at most
+
 
 def _takes_three(model: nn.Module, image: Tensor) -> bool:
     """Whether the model says that it takes three channels: by its first convolution, or by refusing this grey image."""
@@ -149,6 +151,47 @@ def _corrupted(
     return out
 
 
+def _admitted(attributes: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The attributes of n images as text. Raises ValueError where they are no groups of images."""
+    if len(attributes) != n or not attributes.shape[1]:
+        raise ValueError(f"{len(attributes)} rows of {attributes.shape[1]} attributes, but {n} images")
+    attributes = attributes.fillna("(none)").astype(str)
+    for name, values in attributes.items():
+        if not 2 <= (found := values.nunique()) <= VALUES:
+            what = f"{found} different values, for example {values.iloc[0]!r}"
+            raise ValueError(f"attribute {name!r} has {what}: 2 to {VALUES} make groups of images to compare")
+    return attributes
+
+
+def read_attributes(path: Path, files: Sequence[str]) -> pd.DataFrame:
+    """One row per image in this order, from a .csv or .parquet with a column `image`, the file of an image as in
+    `files`, and one for each attribute. Rows of other images are left out. Raises ValueError, with the file, for what
+    does not fit."""
+    if not (path := Path(path)).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if not files:
+        raise ValueError(f"{path}: the images have no names here: attributes need a folder of them (imagefolder:PATH)")
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        elif path.suffix == ".csv":
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+        else:
+            raise ValueError("a .csv or .parquet is needed")
+    except ImportError as error:
+        raise ValueError(f"{path}: Parquet needs pyarrow (pip install pyarrow); or save the table as .csv") from error
+    except ValueError as error:  # of pandas and pyarrow, too
+        raise ValueError(f"{path}: {error}") from error
+    if "image" not in table:
+        raise ValueError(f"{path} has no column 'image', with files such as {files[0]!r}")
+    table = table.astype({"image": str}).set_index("image")
+    if table.index.has_duplicates:
+        raise ValueError(f"{path} has two rows for {table.index[table.index.duplicated()][0]!r}")
+    if lost := [file for file in files if file not in table.index]:
+        raise ValueError(f"{path} has no row for {len(lost)} of {len(files)} images, for example {lost[0]!r}")
+    return table.loc[list(files)].reset_index(drop=True)
+
+
 def audit(
     model: nn.Module,
     images: Tensor,
@@ -206,9 +249,8 @@ def audit(
     eps = spec.eps
     if keep_images and folder is None:
         raise ValueError("keep_images=True: a folder is needed to keep them in")
-    if attributes is not None and (len(attributes) != len(labels) or not attributes.shape[1]):
-        rows, columns = attributes.shape
-        raise ValueError(f"{rows} rows of {columns} attributes for {len(labels)} images: one row per image is needed")
+    if attributes is not None:
+        attributes = _admitted(attributes, len(labels))
     for each in corruptions:
         corrupt(as_float(images[:1], torch.float32, "cpu"), each, 1)
     names, clean = _checked(model, images, labels, class_names, batch_size)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import textwrap
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from cfol_nb.audit.answer import as_radius, of_255
 
-WIDTH, ROWS, FORMATS = 80, 20, ("json", "csv", "latex")
+if TYPE_CHECKING:
+    from cfol_nb.audit.result import Audit
+
+WIDTH, ROWS = 80, 20  # of a terminal
 
 
 def wrapped(text: str) -> str:
@@ -83,9 +87,10 @@ def corruptions(a: dict) -> pd.DataFrame:
     return pd.DataFrame(shown, columns=["corruption", "mean", "worst class", "which"])
 
 
-def text(a: dict, broken_by: pd.DataFrame) -> str:
+def text(found: Audit) -> str:
     """An audit's answer for a terminal."""
-    broken_by = broken_by.loc[[row["class"] for row in a["classes"]]]
+    a = found.answer
+    broken_by = found.broken_by().loc[[row["class"] for row in a["classes"]]]
     parts = [
         table(classes(a), "Per cent [95 % interval], weakest first"),
         table(by_radius(a), radii_title(a)),
@@ -113,3 +118,16 @@ def rendered(form: str, a: dict) -> str:
 
     frame = pd.DataFrame([{k.replace("_", " "): shown(k, v) for k, v in row.items()} for row in a["classes"]])
     return frame.to_latex(index=False, escape=True).rstrip("\n")
+
+
+def status(a: dict, fail_below: float | None) -> tuple[int, str]:
+    """The exit status for an audit's answer, and why: 4 if a check of its numbers failed; else 3 if the worst class may
+    lie below this accuracy, by its 95 % interval, or if all unfinished images fall; else 0."""
+    if failed := [row["check"] for row in a["checks"] if row["verdict"] == "fail"]:
+        return 4, f"exit status 4: {', '.join(failed)}: these checks of the numbers failed"
+    low = a["accuracy"]["autoattack"]["worst"]["low"]
+    if any(row["unfinished"] for row in a["classes"]):
+        low = min(low, *(row["autoattack"]["low"] for row in a["classes"]))
+    if fail_below is not None and low < fail_below:
+        return 3, f"exit status 3: the worst class may lie at {low:.4g}, below {fail_below:g}"
+    return 0, ""

@@ -29,6 +29,7 @@ class Context:
     eps: float = 0.0  # radius of the training attack
     step: float = 0.0  # its step
     steps: int = 0  # how many
+    optimizer: str = ""  # its name
 
 
 class Batch(NamedTuple):

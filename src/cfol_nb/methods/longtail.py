@@ -90,7 +90,11 @@ class ClassBalanced(LongTail):
 
 @register("ldam")
 class LDAM(ClassBalanced):
-    """CE(scale (z - m_y e_y), y), m_c ~ n_c^(-1/4), the largest is `margin` (Cao et al. 2019); LDAM-DRW: start=0.8."""
+    """CE(scale (z - m_y e_y), y), m_c ~ n_c^(-1/4), the largest is `margin` (Cao et al. 2019); LDAM-DRW: start=0.8.
+
+    Two forms: that of Wu et al. (2021), scale 1 on a linear classifier, is the default; Cao et al.'s is scale=30 for a
+    model with head="normalised", whose logits are cosines. The attack sees the logits without scale and margin.
+    """
 
     def __init__(self, *run, margin: float = 0.5, scale: float = 1.0, start: float = 1.0, **named):
         super().__init__(*run, start=start, **named)
@@ -151,31 +155,46 @@ class Resampling(LongTail):
 class RoBal(LongTail):
     """CE(s (cos - m_y e_y) + tau_b log pi, y), m_c = tau_m log(n_c / n_min) / s + m, pi_c = n_c / N (Wu et al. 2021).
 
-    For a model with head="cosine", whose logits are s cos. With objective "trades" this is RoBal whole.
+    RoBal whole is this with the objective {"name": "at", "beta": 6.0} and a model with head="robal": the attack is on
+    the cross-entropy of the cosines, the margins are on the adversarial images, and KL(clean || adversarial) is of the
+    cosines, too. With head="cosine", whose logits are s cos, attack and KL see these. The authors' attack starts in the
+    positive half of the ball. s is SCALE.
     """
+
+    SCALE = 10.0
 
     def __init__(self, *run, tau_b: float = 1.5, tau_m: float = 0.3, margin: float = 0.1, **named):
         super().__init__(*run, **named)
-        self.tau_b, self.tau_m, self.margin = tau_b, tau_m, margin
+        self.tau_b, self.tau_m, self.margin, self.factor = tau_b, tau_m, margin, 1.0
 
     def start(self, model: nn.Module) -> None:
-        if not isinstance(last_linear(model), Cosine):
-            raise ValueError("robal needs a cosine classifier: give the model head='cosine'")
+        if not isinstance(head := last_linear(model), Cosine):
+            raise ValueError("robal needs a cosine classifier: give the model head='robal' or head='cosine'")
+        self.factor = self.SCALE / head.scale
 
     def adjust(self, logits: Tensor, y: Tensor) -> Tensor:
-        m = self.tau_m * (self.n / self.n.min()).log() + Cosine.SCALE * self.margin
-        return _less(logits, y, m) + self.tau_b * (self.n / self.n.sum()).log().to(logits)
+        m = self.tau_m * (self.n / self.n.min()).log() + self.SCALE * self.margin
+        return _less(self.factor * logits, y, m) + self.tau_b * (self.n / self.n.sum()).log().to(logits)
 
 
 class _SecondStage(Resampling):
-    """Only the classifier learns, from class-aware draws; the features stay those of the run's parent."""
+    """Only the classifier learns, from class-aware draws; the features stay those of the run's parent.
+
+    statistics: "frozen", the network stays in eval mode: batch norm, and so every feature, is as in the parent; or
+    "moving", as in Kang et al.'s loop: batch norm uses the batch's own statistics and goes on averaging them.
+    """
 
     needs_parent = True
 
+    def __init__(self, *run, statistics: str = "frozen", **named):
+        super().__init__(*run, **named)
+        self.frozen = choose("statistics", statistics, ("frozen", "moving")) == "frozen"
+
     def start(self, model: nn.Module) -> None:
-        model.eval()  # batch statistics stay, too
+        model.train(not self.frozen)
         model.requires_grad_(False)
-        last_linear(model).weight.requires_grad_(True)
+        for p in last_linear(model).parameters():
+            p.requires_grad_(True)
 
 
 @register("crt")
@@ -189,36 +208,48 @@ class CRT(_SecondStage):
 
     def start(self, model: nn.Module) -> None:
         super().start(model)
-        head = last_linear(model)
-        if head.bias is not None:
-            head.bias.requires_grad_(True)
         if not self.keep and not self.begun:
-            head.reset_parameters()
+            last_linear(model).reset_parameters()
         self.begun.fill_(True)
 
 
 @register("lws")
 class LWS(_SecondStage):
-    """Learnable weight scaling (Kang et al. 2020): one factor per class on the weights of the last layer of the parent.
+    """Learnable weight scaling (Kang et al. 2020): one factor per class on the logits of the parent, f_c (w_c x + b_c).
 
-    The gradient is projected on the weights at the start, which for SGD is the same as learning the factors.
+    Weights and bias of the last layer move along their values at the start alone, by the gradient of the factor: for
+    SGD, with momentum and weight decay, this is the same as learning the factors.
     """
 
-    direction: Tensor | None = None
+    first: list[Tensor] | None = None
+
+    def __init__(self, *run, **named):
+        super().__init__(*run, **named)
+        if (optimizer := self.context.optimizer) not in ("", "sgd"):
+            raise ValueError(f"'lws' learns its factors by the rule of SGD: optimizer={optimizer!r} is not allowed")
 
     def start(self, model: nn.Module) -> None:
         super().start(model)
-        weight = last_linear(model).weight
-        if self.direction is None:
-            self.direction = weight.detach().clone()
-        self.direction = self.direction.to(weight)
-        weight.register_hook(lambda grad: (grad * self.direction).sum(1, keepdim=True) * self.direction)
+        if isinstance(head := last_linear(model), Cosine):
+            raise ValueError("a cosine classifier undoes what lws learns, the length of its weights: head='linear'")
+        own = list(head.parameters())
+        self.first = [f.to(p) for f, p in zip(self.first or [p.detach().clone() for p in own], own, strict=True)]
+
+        def project(_: Tensor) -> None:
+            if any(p.grad is None for p in own):
+                return  # the other one's gradient is still to come
+            each = [(p.grad * f).view(len(f), -1).sum(1) for p, f in zip(own, self.first, strict=True)]
+            for p, f in zip(own, self.first, strict=True):
+                p.grad.copy_(sum(each).view(-1, *[1] * (f.ndim - 1)) * f)
+
+        for p in own:
+            p.register_post_accumulate_grad_hook(project)
 
     def get_extra_state(self) -> dict:
-        return {"direction": self.direction}
+        return {"first": self.first}
 
     def set_extra_state(self, state: dict) -> None:
-        self.direction = state["direction"]
+        self.first = state["first"]
 
 
 # -- after training ----------------------------------------------------------------------------------------------------
