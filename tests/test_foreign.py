@@ -1,10 +1,13 @@
 """Models and weights of others, as people have them."""
 
 import contextlib
+import inspect
 import pickle
 import re
 import sys
+import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +17,11 @@ import torchvision
 from PIL import Image
 from torch import nn
 
+from cfol_nb import cli
 from cfol_nb.audit import load, load_weights
-from cfol_nb.audit.adapt import Logits, Transform
+from cfol_nb.audit.adapt import Logits, Order, Transform
+from cfol_nb.audit.foreign import Loaded
+from cfol_nb.audit.look import first_look, match
 from cfol_nb.audit.weights import INSIDE, PREFIXES
 
 
@@ -481,3 +487,170 @@ def test_a_wrong_program_is_refused(tmp_path, name, content, says):
         load(str(tmp_path / name))
     with pytest.raises(FileNotFoundError, match="there is no file"):
         load(str(tmp_path / f"none{name[1:]}"))
+
+
+# -- which output is which class, and is the model right at all? -------------------------------------------------------
+
+
+def test_classes_are_matched_by_name():
+    outputs = ("tench, Tinca tinca", "goldfish", "Great_White-shark", "crane", "crane, machine")
+    order, names, how = match(("great white shark", "tench"), outputs, 5, only=True)
+    assert (order, how) == ([2, 0, 1, 3, 4], "by name")
+    assert names == ("great white shark", "tench", "goldfish", "crane", "crane, machine")
+    assert match(("crane", "goldfish"), outputs, 5, only=True)[0][:2] == [3, 1]
+    assert match(("b", "a"), (), 2)[0] == [0, 1]
+    assert match(("b", "a"), ("a", "b"), 2)[0] == [1, 0]
+    assert match(("7", "2"), (), 10, only=True)[0][:2] == [7, 2]  # numbers count outputs
+    assert match(("0", "1", "10", "2"), (), 4)[0] == [0, 1, 2, 3]  # in the order of ImageFolder, as it was trained
+    for classes, known, k, says in (
+        (("a", "b"), (), 3, r"the model has 3 outputs, the images 2 classes .*--classes FILE"),
+        (("a", "b"), ("a", "b", "c"), 3, r"1 of the model's 3 outputs have no images \(for example 'c'\): say --only"),
+        (("a", "x"), ("a", "b", "c"), 3, r"class 'x' is none of the model's outputs \(a, b, c\)"),
+        (("a", "A"), ("a", "b"), 2, "two classes are the same output"),
+        (("a", "b"), ("a", "b", "c"), 2, r"3 class names \(a, b, c\), but the model has 2 outputs"),
+        (("crane",), ("crane, a", "crane, b"), 2, "the name of 2 outputs"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            match(classes, known, k)
+
+
+def test_imagenets_folder_names_are_matched():
+    timm = pytest.importorskip("timm")
+    info = timm.data.ImageNetInfo()
+    order, names, _ = match(("n01443537", "n01440764"), (), 1000, only=True)
+    assert order[:2] == [1, 0]  # goldfish, tench
+    assert sorted(order) == list(range(1000))
+    every = info.label_names()
+    assert match(sorted(every), (), 1000)[0] == [every.index(w) for w in sorted(every)]
+    assert len(names) == 1000
+
+
+def linear(x, y, k):
+    """A model of these images' classes, fitted by least squares."""
+    a = torch.cat([x.flatten(1), torch.ones(len(x), 1)], 1)
+    w = torch.linalg.lstsq(a.double(), nn.functional.one_hot(y, k).double(), driver="gelsd").solution.float()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(len(w) - 1, k))
+    net[1].weight.data, net[1].bias.data = w[:-1].T.contiguous(), w[-1]
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    from cfol_nb.data import load as data
+
+    d = data("digits")
+    return d.train.images[:600].expand(-1, 3, -1, -1), d.train.labels[:600], d.train.class_names
+
+
+def at_first(net, digits, transform=None, names=()):
+    x, y, classes = digits
+    loaded = Loaded(net, transform or Transform(), names)
+    return first_look(loaded, range(10), x, y, classes)
+
+
+def test_a_model_at_chance_is_told_why(digits):
+    x, y, _ = digits
+    tinted = (x / 255) * torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1)  # so that channels differ
+    net = linear(tinted, y, 10)
+    tinted_digits = ((255 * tinted).round().byte(), y, digits[2])
+    text, wrong = at_first(net, tinted_digits)
+    assert wrong == ""
+    assert float(text.split()[0]) > 90
+    shuffled = nn.Sequential(net, Order([3, 7, 4, 0, 5, 9, 2, 6, 1, 8]))
+    wrong = at_first(shuffled, tinted_digits)[1]
+    assert "is the class order right" in wrong
+    assert "With the outputs in the order 3, 7, 4, 0, 5, 9, 2, 6, 1, 8 (--classes FILE" in wrong
+    two_right = nn.Sequential(net, Order([0, 1, 3, 4, 5, 6, 7, 8, 9, 2]))  # above chance, and yet
+    text, wrong = at_first(two_right, tinted_digits)
+    assert "with the outputs in the order 0, 1, 3, 4, 5, 6, 7, 8, 9, 2 (--classes FILE" in text
+    assert wrong == ""
+    of_bytes = nn.Sequential(Over255(), net)
+    assert "With --scale 255 (a model of images in 0..255) it would be" in at_first(of_bytes, tinted_digits)[1]
+    assert at_first(of_bytes, tinted_digits, Transform(scale=255.0))[1] == ""
+    of_red = nn.Sequential(OfRed(), linear(x[:, :1] / 255, y, 10))
+    red = torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], 1), y, digits[2]
+    assert at_first(of_red, red)[1] == ""
+    assert "With --bgr it would be" in at_first(of_red, (red[0].flip(1), *red[1:]))[1]
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    constant[1].weight.data.zero_()
+    assert "No other order or known preprocessing explains it" in at_first(constant, tinted_digits)[1]
+
+
+class Over255(nn.Module):
+    """Sees nothing in images that are dark, as those in [0, 1] are to a model of bytes."""
+
+    def forward(self, x):
+        return (x - 1).clamp_min(0) / 254
+
+
+class OfRed(nn.Module):
+    def forward(self, x):
+        return x[:, :1]
+
+
+def test_a_single_output_that_is_a_probability_is_said(digits):
+    x, y, _ = digits
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 1), nn.Sigmoid())
+    wrong = first_look(Loaded(net, Transform()), [0, 1], x, y % 2, ("even", "odd"))[1]
+    assert "Its single output lies between 0 and 1" in wrong
+
+
+CODE = """
+import torch
+from sklearn.datasets import load_digits
+class Tuple(torch.nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+    def forward(self, x):
+        return self.body(x), x
+def make():
+    d = load_digits()
+    x, y = torch.tensor(d.images / 16).float().flatten(1) - 0.5, torch.nn.functional.one_hot(torch.tensor(d.target))
+    w = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y.float(), driver="gelsd").solution
+    net = torch.nn.Linear(64, 10)
+    net.weight.data, net.bias.data = w[:-1].T.contiguous(), w[-1]
+    return Tuple(torch.nn.Sequential(torch.nn.Flatten(), net))
+"""
+
+
+@pytest.fixture
+def audit_of_code(tmp_path, monkeypatch):
+    """The command `audit` in this process: what it says."""
+    (tmp_path / "net.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    defaults = {k: p.default for k, p in inspect.signature(cli.audit).parameters.items()}
+    defaults |= {"data": "digits", "limit": 4, "version": "fast", "eps": "2/255", "out": tmp_path / "out"}
+
+    def call(**more):
+        said = []
+        cli._audit(
+            lambda *words: said.append(words), time.monotonic(), {**defaults, "command": "", "form": None, **more}
+        )
+        return "\n".join(words[1] for words in said if words[0] == "print")
+
+    return call
+
+
+def test_the_command_says_what_it_understood(audit_of_code):
+    lines = audit_of_code(model="net.py:make", mean="0.5", std="1", seed=1).splitlines()
+    assert lines[1] == "images: 1 x 8 x 8; preprocessing in the model: minus mean (0.5), by std (1)"
+    assert lines[2] == "outputs: 10; class order: taken to be the model's order"
+    assert re.fullmatch(r"clean accuracy: \d+\.\d % \[.*\] of 40 images", lines[3])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"eps": "0"}, "eps=0: a radius above 0 is needed"),
+        ({"mean": "a", "std": "1"}, r"mean=a: a number is needed, or three as 0\.5,0\.5,0\.5"),
+        ({"mean": "0.5"}, "both or neither"),
+        ({"classes": Path("none.txt")}, r"there is no file none\.txt"),
+        ({"weights": Path("net.py")}, "holds no weights"),
+        ({"mean": "0.5", "std": "0.001", "scale": 1e-6}, "no more than chance .*is the class order right"),
+        ({"model": "torchvision:resnet18"}, "say --random-weights"),
+    ],
+)
+def test_the_command_refuses(audit_of_code, more, says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        audit_of_code(**{"model": "net.py:make", **more})

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -431,14 +432,44 @@ def _place(text: str) -> str:
 
 @app.command()
 def audit(
-    model: Annotated[str, typer.Option(help="FILE.py:function, torchvision:NAME, or run:NAME (a stored run).")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="FILE.py:function, FILE.pt (TorchScript), FILE.pt2, FILE.onnx, torchvision:NAME, timm:NAME, hf:NAME "
+            "(or a folder), or run:NAME (a stored run)."
+        ),
+    ],
     data: Annotated[
         str, typer.Option(help="A data set of `cfol-nb list` or imagefolder:PATH; its test split, if it has one.")
     ],
     weights: Annotated[Path | None, typer.Option(help="Of the module: .safetensors, .pt, .pth, .ckpt or .bin.")] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Of torchvision's and timm's networks: they need no weights.")
+    ] = False,
+    classes: Annotated[
+        Path | None, typer.Option(help="Names of the model's outputs in their order, one on a line; else its own.")
+    ] = None,
+    only: Annotated[
+        bool, typer.Option("--only", help="Audit the classes that have images; the model's other outputs compete.")
+    ] = False,
+    mean: Annotated[str | None, typer.Option(help="That the model subtracts: one number, or R,G,B.")] = None,
+    std: Annotated[str | None, typer.Option(help="By which it then divides.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Of images in [0, 1] before that: 255 for a model of bytes.")
+    ] = None,
+    bgr: Annotated[bool | None, typer.Option("--bgr/--rgb", help="The model's order of channels.")] = None,
+    channels: Annotated[int | None, typer.Option(help="That the model takes: 1 (grey) or 3.")] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="To the model's own size: bilinear, bicubic or nearest.")
+    ] = None,
     eps: Annotated[str, typer.Option(help="Radius in the unit of images in [0, 1].")] = "8/255",
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
     version: Annotated[str, typer.Option(help="Of AutoAttack: standard or fast.")] = "standard",
+    seed: Annotated[int, typer.Option(min=0, help="Of the attacks' random draws.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; default by their size.")] = None,
+    surrogate: Annotated[
+        str | None, typer.Option(help="Another model, as --model, whose adversarial images are transferred.")
+    ] = None,
     worst_only: Annotated[
         bool, typer.Option("--worst-only", help="Spend on the classes that can still be the worst, until one is left.")
     ] = False,
@@ -479,6 +510,7 @@ def audit(
     start = time.monotonic()  # importing torch, decoding images and loading weights count, too
     if minutes is not None and not minutes < math.inf:
         raise ValueError(f"minutes={minutes}: a finite number is needed")
+    given["command"] = shlex.join(["cfol-nb", *sys.argv[1:]])
     until = math.inf if minutes is None else start + 60 * minutes
     raise typer.Exit(_watched(_audit, start, given, until=until))
 
@@ -489,6 +521,14 @@ def _form(**asked: bool) -> str | None:
     if len(forms) > 1:
         raise ValueError(f"--{forms[0]} and --{forms[1]} are two forms of the answer: choose one")
     return forms[0] if forms else None
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    """One number, or three with commas between."""
+    try:
+        return None if text is None else tuple(float(t) for t in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name}={text}: a number is needed, or three as 0.5,0.5,0.5") from None
 
 
 def _audit(say, start: float, given: dict) -> int:
@@ -510,30 +550,65 @@ def _audit(say, start: float, given: dict) -> int:
         raise ValueError("device=cuda: there is no CUDA device here")
     if isinstance(radius := parse(given["eps"]), bool) or not isinstance(radius, int | float):
         raise ValueError(f"eps={given['eps']}: a number is needed, such as 8/255")
+    if not radius > 0:
+        raise ValueError(f"eps={given['eps']}: a radius above 0 is needed")
+    preprocessing = {k: _numbers(k, given[k]) for k in ("mean", "std")}
+    preprocessing |= {k: given[k] for k in ("scale", "bgr", "channels", "interpolation")}
+    known = given["classes"] and a.read_classes(given["classes"])
     end = math.inf if minutes is None else start + 60 * minutes
+    side, own = given["image_size"], a.own_transform(model)
+    folder_of_files = data.startswith("imagefolder:")
     say("doing", f"reading {data}", end)
-    images = d.limit(a.unseen(model, data, given["image_size"]), given["limit"])
+    images = d.limit(a.unseen(model, data, side or (folder_of_files and own.resize) or None), given["limit"])
+    if folder_of_files and not side and own.side:
+        images = a.middle(images, own.side)
     names = images.class_names
     attributes = given["attributes"] and a.read_attributes(given["attributes"], images.files)
     tell = print if given["form"] else functools.partial(say, "print")  # here print goes to standard error
     tell(f"{len(images)} images of {len(names)} classes, in this order: {', '.join(names)}")
     asked = [_place(str(given[k])) for k in ("model", "weights", "data")]
     asked += [given[k] for k in ("eps", "norm", "version", "limit", "image_size")]
+    asked += [_place(str(given[k])) for k in ("classes", "surrogate")]
+    asked += [given[k] for k in (*preprocessing, "only", "seed", "batch_size", "random_weights")]
     settings = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
     title = re.sub(r"[^A-Za-z0-9]+", "-", Path(model).name)
     folder = (given["out"] or runs_dir() / "audits" / f"{title}-{settings}").resolve()
-    say("doing", f"loading {model}", time.monotonic() + 600 if minutes is None else end)
+    soon = time.monotonic() + 600 if minutes is None else end
+    say("doing", f"loading {model}", soon)
     restore = a.settings()
-    net = a.load_model(model, weights and weights.resolve(), len(names), images.images.shape[1]).to(device)
-    if not (given["compiled"] or isinstance(net, torch.jit.ScriptModule)):  # there it would be in the way
+
+    def load(source: str, file: Path | None, **more) -> tuple[a.Loaded, list[int], tuple[str, ...], str]:
+        loaded = a.load(source, file, len(names), images.images.shape[1], **more)
+        loaded.body.to(device)
+        k = a.outputs_of(loaded.model.to(device), images.images)
+        return loaded, *a.match(names, known or loaded.names, k, only=given["only"])
+
+    random = given["random_weights"]
+    more = {"random_weights": random, "preprocessing": preprocessing}
+    loaded, order, outputs, how = load(model, weights and weights.resolve(), **more)
+    shape = " x ".join(map(str, images.images.shape[1:]))
+    tell(f"images: {shape}; preprocessing in the model: {loaded.transform}")
+    said = f"weights: {'; '.join(loaded.said)}\n" if loaded.said else ""
+    tell(f"{said}outputs: {len(outputs)}; class order: {how}")
+    clean, wrong = a.first_look(loaded, order, images.images, images.labels, outputs)
+    if wrong and not random:
+        raise ValueError(wrong)
+    tell(f"clean accuracy: {clean}")
+    net = loaded.ordered(order).to(device)
+    if not given["compiled"]:  # there it would be in the way
         net.register_forward_hook(lambda *_: restore())
+    other = None
+    if given["surrogate"]:
+        say("doing", f"loading {given['surrogate']}", soon)
+        other, order, *_ = load(given["surrogate"], None)
+        other = other.ordered(order).to(device)
     # what a call in time may still take: the last batch, and the gallery
     say("doing", f"attacking {model}", end + max(15, 6 * (minutes or 0)))
     found = a.audit(
         net,
         images.images,
         images.labels,
-        names,
+        outputs,
         eps=float(radius),
         norm=given["norm"],
         version=given["version"],
@@ -546,6 +621,9 @@ def _audit(say, start: float, given: dict) -> int:
         attributes=attributes,
         corruptions=tuple(CORRUPTIONS) * given["corruptions"],
         keep_images=given["images"],
+        surrogate=other,
+        batch_size=given["batch_size"],
+        seed=given["seed"],
     )
     say("doing", "writing the page", math.inf)
     found.outcomes.save(folder / "outcomes.safetensors")
