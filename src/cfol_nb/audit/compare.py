@@ -152,6 +152,7 @@ HOW = (
 
 
 def points(change: Mapping[str, float]) -> str:
+    """A difference in points, with its sign and interval."""
     return f"{100 * change['value']:+.1f} [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"
 
 

@@ -18,6 +18,7 @@ WIDTH, ROWS = 80, 20  # of a terminal
 
 
 def wrapped(text: str) -> str:
+    """Text in lines that fit the terminal."""
     return textwrap.fill(text, WIDTH, break_on_hyphens=False)
 
 
@@ -50,6 +51,7 @@ def classes(a: dict) -> pd.DataFrame:
 
 
 def radii_title(a: dict) -> str:
+    """What stands above the table `by_radius`."""
     unit = " (radii in 255ths)" * of_255(a["eps"])
     return f"Radius at which half has fallen [95 % interval], and per cent left at some radii{unit}"
 
@@ -72,6 +74,7 @@ def by_radius(a: dict, most: int = 6) -> pd.DataFrame:
 
 
 def slices(a: dict, by: str) -> pd.DataFrame:
+    """One row per group of images, of those that were grouped by `by`."""
     rows = [r for r in a["slices"] if r["by"] == by]
     shown = [(r["group"], r["n"], f"{100 * r['clean']:.1f}", cell(r)) for r in rows]
     there = a["telling_radius"]
@@ -80,6 +83,7 @@ def slices(a: dict, by: str) -> pd.DataFrame:
 
 
 def corruptions(a: dict) -> pd.DataFrame:
+    """One row per corruption: mean, worst class, and which it is."""
     def both(r: dict) -> list[str]:
         return [cell({"value": r[k], "low": r[f"{k}_low"], "high": r[f"{k}_high"]}) for k in ("mean", "worst")]
 
