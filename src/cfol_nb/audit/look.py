@@ -21,6 +21,7 @@ SHOWN, IMAGES = 20, 500  # names in a sentence; images that are looked at
 
 
 def listed(names: Sequence[str]) -> str:
+    """Names as a sentence lists them, the first ones of many."""
     return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
 
 

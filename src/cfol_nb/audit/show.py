@@ -84,6 +84,7 @@ def slices(a: dict, by: str) -> pd.DataFrame:
 
 def corruptions(a: dict) -> pd.DataFrame:
     """One row per corruption: mean, worst class, and which it is."""
+
     def both(r: dict) -> list[str]:
         return [cell({"value": r[k], "low": r[f"{k}_low"], "high": r[f"{k}_high"]}) for k in ("mean", "worst")]
 
