@@ -1,7 +1,10 @@
 """What an audit answers beside its numbers: groups of images, corruptions, files, exit status; and comparisons."""
 
+import hashlib
+import html
 import itertools
 import json
+import shlex
 import time
 
 import numpy as np
@@ -211,6 +214,10 @@ def test_the_commands_answer_from_end_to_end(command, images, tmp_path, monkeypa
     assert status == show.status(answer, 1)[0] in (3, 4), err
     assert {row["by"] for row in answer["slices"]} == {"site", "class / site"}
     assert len(answer["corruptions"]) == 7
+    page = (tmp_path / "one/audit.html").read_text()
+    state = b"".join(v.numpy().tobytes() for v in net().state_dict().values())
+    for part in (shlex.join(["cfol-nb", *words]), hashlib.sha256(state).hexdigest()[:16], f"torch {torch.__version__}"):
+        assert html.escape(part, quote=False) in page
     listed = pd.read_csv(tmp_path / "one/images/images.csv")
     assert set(listed["image"]) == {line.split(",")[0] for line in rows[1:]}
     mine = outcomes_of("one")

@@ -565,7 +565,7 @@ def _audit(say, start: float, given: dict) -> int:
     names = images.class_names
     attributes = given["attributes"] and a.read_attributes(given["attributes"], images.files)
     tell = print if given["form"] else functools.partial(say, "print")  # here print goes to standard error
-    tell(f"{len(images)} images of {len(names)} classes, in this order: {', '.join(names)}")
+    tell(show.wrapped(f"{len(images)} images of {len(names)} classes, in this order: {', '.join(names)}"))
     asked = [_place(str(given[k])) for k in ("model", "weights", "data")]
     asked += [given[k] for k in ("eps", "norm", "version", "limit", "image_size")]
     asked += [_place(str(given[k])) for k in ("classes", "surrogate")]
@@ -629,7 +629,7 @@ def _audit(say, start: float, given: dict) -> int:
     found.outcomes.save(folder / "outcomes.safetensors")
     if given["images"]:
         found.images().to_csv(folder / "images" / "images.csv", index=False)
-    page = found.html(folder / "audit.html")
+    page = found.html(folder / "audit.html", show.made(net, images.images, images.labels, radius=given["eps"]))
     form = given["form"]
     say("print", show.rendered(form, found.answer) if form else f"{show.text(found)}\n\n{page}")
     status, why = show.status(found.answer, given["fail_below"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,9 +193,9 @@ class Audit:
         labels, predicted = self.outcomes.labels[index], self.outcomes.predictions["clean"][index]
         return plots.images(x, [names[i] for i in labels], [names[i] for i in predicted])
 
-    def html(self, path: Path) -> Path:
+    def html(self, path: Path, made: Mapping[str, str] | None = None) -> Path:
         """One page that needs nothing else and can be sent to somebody. Of more than `page.MANY` classes, all but the
-        first table shows the weakest."""
+        first table shows the weakest. made: how another person can repeat it (`show.made`)."""
         a, names, bound = self.answer, self.outcomes.class_names, bool(self.open.any())
         order = [row["class"] for row in a["classes"]][: page.MANY]
         few = self.outcomes if len(order) == len(names) else stats.only(self.outcomes, order)

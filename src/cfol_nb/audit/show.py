@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
+import platform
+import shlex
+import sys
 import textwrap
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import torch
 
 from cfol_nb.audit.answer import as_radius, of_255
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from cfol_nb.audit.result import Audit
 
 WIDTH, ROWS = 80, 20  # of a terminal
@@ -136,3 +145,25 @@ def status(a: dict, fail_below: float | None) -> tuple[int, str]:
     if fail_below is not None and low < fail_below:
         return 3, f"exit status 3: the worst class may lie at {low:.4g}, below {fail_below:g}"
     return 0, ""
+
+
+def made(model: nn.Module, *data: Tensor, **more: str) -> dict[str, str]:
+    """When, by which command and of what an audit was made, so that another person can repeat it. The hashes are
+    SHA-256, 16 hexadecimal digits, of the bytes of the model's state, and of the data, one after the other."""
+
+    def digest(tensors) -> str:
+        h = hashlib.sha256()
+        for t in tensors:
+            raw = isinstance(t, torch.Tensor)
+            h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if raw else repr(t).encode())
+        return h.hexdigest()[:16]
+
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("cfol-nb", "torch", "numpy"))
+    return {
+        "command": shlex.join(["cfol-nb", *sys.argv[1:]]),
+        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
+        **more,
+        "versions": f"{versions}, Python {platform.python_version()}",
+        "weights": digest(model.state_dict().values()),
+        "images and labels": digest(data),
+    }
