@@ -232,9 +232,10 @@ class Audit:
         add("The pairs that the attack uses most", confused)
         add(f"Which attack broke how many images{of_all}", self.broken_by().loc[order], True)
         add("Can these numbers be trusted?", self.checks)
-        body.append(
-            page.table("AutoAttack as it was run", pd.DataFrame(self.spec.items())).replace("<thead>", "<thead hidden>")
-        )
+        for title, values in (("AutoAttack as it was run", self.spec), ("To repeat it", made or {})):
+            if values:
+                table = page.table(title, pd.DataFrame([(k, str(v)) for k, v in values.items()]))
+                body.append(table.replace("<thead>", "<thead hidden>"))
         body.append(f"<p>{len(self.outcomes.labels)} images, {self.seconds:.0f} s. Made with cfol-nb.</p>")
         return page.write(path, self.name, body)
 
