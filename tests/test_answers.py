@@ -216,7 +216,11 @@ def test_the_commands_answer_from_end_to_end(command, images, tmp_path, monkeypa
     assert len(answer["corruptions"]) == 7
     page = (tmp_path / "one/audit.html").read_text()
     state = b"".join(v.numpy().tobytes() for v in net().state_dict().values())
-    for part in (shlex.join(["cfol-nb", *words]), hashlib.sha256(state).hexdigest()[:16], f"torch {torch.__version__}"):
+    for part in (
+        shlex.join(["cfol-nb", *words]),
+        hashlib.sha256(state).hexdigest()[:16],
+        "torch " + torch.__version__.split("+")[0],
+    ):
         assert html.escape(part, quote=False) in page
     listed = pd.read_csv(tmp_path / "one/images/images.csv")
     assert set(listed["image"]) == {line.split(",")[0] for line in rows[1:]}
