@@ -17,12 +17,13 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from cfol_nb import cli
+from cfol_nb import cli, stats
 from cfol_nb.audit import load, load_weights
 from cfol_nb.audit.adapt import Logits, Order, Transform
 from cfol_nb.audit.foreign import Loaded
 from cfol_nb.audit.look import first_look, match
 from cfol_nb.audit.weights import INSIDE, PREFIXES
+from cfol_nb.outcomes import Outcomes
 
 
 def net():
@@ -654,3 +655,35 @@ def test_the_command_says_what_it_understood(audit_of_code):
 def test_the_command_refuses(audit_of_code, more, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         audit_of_code(**{"model": "net.py:make", **more})
+
+
+def test_the_models_other_outputs_compete(audit_of_code, tmp_path):
+    """Folders 5 and 3 of a model of ten digits: right is what the largest of all ten logits says."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    seen = {}
+    for i in np.flatnonzero((raw.target == 3) | (raw.target == 5))[40:70]:
+        path = tmp_path / "photos" / str(raw.target[i]) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.rint(raw.images[i] * 255 / 16).astype(np.uint8), "L").save(path)
+        seen[f"{raw.target[i]}/{i}.png"] = i
+    given = {"model": "net.py:make", "data": "imagefolder:photos", "limit": None, "mean": "0.5", "std": "1"}
+    with pytest.raises(ValueError, match="say --only to audit the classes that have"):
+        audit_of_code(**given)
+    out = audit_of_code(**given, only=True, eps="0.15")
+    assert "class order: the folders' numbers" in out
+    found = Outcomes.load(tmp_path / "out/outcomes.safetensors")
+    assert (found.class_names, found.others) == (("3", "5"), ("0", "1", "2", "4", "6", "7", "8", "9"))
+    net = load("net.py:make", preprocessing={"mean": (0.5,), "std": (1.0,)}).model
+    pixels = np.rint(raw.images[[seen[f] for f in found.images]] * 255 / 16)
+    with torch.no_grad():
+        theirs = net(torch.from_numpy(pixels).float()[:, None] / 255).argmax(1)
+    assert [found.outputs[i] for i in found.predictions["clean"]] == [str(int(c)) for c in theirs]
+    assert (found.predictions["autoattack"] > 1).any()  # taken for a digit without a folder
+    assert found.table()["autoattack"].isin(list("0123456789")).all()
+    assert (tmp_path / "out/audit.html").stat().st_size > 10_000
+    assert stats.confusion(found).shape == (2, 10)
+    again = Outcomes.unpacked(found.packed())
+    assert again.others == found.others
+    assert stats.summary(again)["value"]["mean"] == stats.accuracies(found).mean()

@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import re
-import shlex
 import signal
 import sys
 import textwrap
@@ -510,7 +509,6 @@ def audit(
     start = time.monotonic()  # importing torch, decoding images and loading weights count, too
     if minutes is not None and not minutes < math.inf:
         raise ValueError(f"minutes={minutes}: a finite number is needed")
-    given["command"] = shlex.join(["cfol-nb", *sys.argv[1:]])
     until = math.inf if minutes is None else start + 60 * minutes
     raise typer.Exit(_watched(_audit, start, given, until=until))
 
@@ -624,6 +622,7 @@ def _audit(say, start: float, given: dict) -> int:
         surrogate=other,
         batch_size=given["batch_size"],
         seed=given["seed"],
+        only=given["only"],
     )
     say("doing", "writing the page", math.inf)
     found.outcomes.save(folder / "outcomes.safetensors")

@@ -48,7 +48,9 @@ def like(outcomes: Outcomes, first: Outcomes, name: str) -> Outcomes:
     are of other ones."""
     if odd := sorted(set(outcomes.class_names) ^ set(first.class_names)):
         raise ValueError(f"{name} has other classes than the first model: only one of them has {listed(odd)}")
-    to = np.array([first.class_names.index(c) for c in outcomes.class_names])
+    if first.others != outcomes.others:
+        raise ValueError(f"{name} has other outputs without images than the first")
+    to = np.array([*map(first.outputs.index, outcomes.outputs)])
     predictions = {k: to[v] for k, v in outcomes.predictions.items()}
     outcomes = replace(outcomes, labels=to[outcomes.labels], predictions=predictions, class_names=first.class_names)
     if outcomes.images and first.images:

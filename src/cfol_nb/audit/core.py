@@ -44,9 +44,9 @@ def _takes_three(model: nn.Module, image: Tensor) -> bool:
 
 
 def _checked(
-    model: nn.Module, images: Tensor, labels: Tensor, class_names: Sequence[str] | None, batch_size: int
+    model: nn.Module, images: Tensor, labels: Tensor, class_names: Sequence[str] | None, batch_size: int, only: bool
 ) -> tuple[tuple[str, ...], Tensor]:
-    """Class names and clean predictions, after everything that can be refused without an attack."""
+    """Names of the outputs and clean predictions, after everything that can be refused without an attack."""
     try:
         clean, k = predict(model, images, labels, class_names=class_names, batch_size=batch_size)
         with evaluating(model), torch.enable_grad():
@@ -61,7 +61,10 @@ def _checked(
     names = tuple(map(str, class_names if class_names is not None else range(k)))
     if len(set(names)) < k:
         raise ValueError(f"two classes have the same name: {', '.join(names)}")
-    missing = [n for n, m in zip(names, torch.bincount(labels.cpu(), minlength=k).tolist(), strict=True) if not m]
+    there = torch.bincount(labels.cpu(), minlength=k) > 0
+    missing = [n for n, m in zip(names, there.tolist(), strict=True) if not m]
+    if only and there[: k - len(missing)].all():
+        missing = missing if len(missing) == k - 1 else []
     if len(missing) == k - 1:
         raise ValueError("the images are all of a single class: there is nothing to compare")
     if missing:
@@ -214,6 +217,7 @@ def audit(
     attributes: pd.DataFrame | None = None,
     corruptions: Sequence[str] = (),
     keep_images: bool = False,
+    only: bool = False,
 ) -> Audit:
     """How robust is each class of this model, how sure is that, and what attacks it?
 
@@ -233,6 +237,7 @@ def audit(
     values, and by class and value, accuracies are stated, too. corruptions: names of `corruptions.CORRUPTIONS`, judged
     at severities 1 to 5 without an attack. keep_images: AutoAttack's images are kept in folder/images as
     adversarial-*.npy, (N, C, H, W) float32; the image itself where none was found.
+    only: outputs after those of the classes, which no image is of, are allowed: they compete.
     Everything that can be refused is refused before the first attack: ValueError, FloatingPointError.
     """
     start, labels, images = time.monotonic(), as_labels(labels), admit(model, images)
@@ -253,7 +258,8 @@ def audit(
         attributes = _admitted(attributes, len(labels))
     for each in corruptions:
         corrupt(as_float(images[:1], torch.float32, "cpu"), each, 1)
-    names, clean = _checked(model, images, labels, class_names, batch_size)
+    outputs, clean = _checked(model, images, labels, class_names, batch_size, only)
+    names = outputs[: int(labels.max()) + 1]
     each_pass = (time.monotonic() - start) / len(labels)
     # what comes last, the gallery, takes some 60 passes of each image
     deadline = math.inf if minutes is None else start + 60 * minutes - min(60 * show * each_pass, 30 * minutes)
@@ -355,7 +361,8 @@ def audit(
         note += f" PGD-20 came to {(~fresh).sum()} of {len(fresh)} images; the others count as withstanding it."
     first, right = first.numpy().astype(float), (clean == labels).numpy()
     first[fresh] = np.where(right, np.inf, 0)[fresh]
-    outcomes = Outcomes(labels.numpy(), {"clean": clean.numpy()}, names, {}, images=files)
+    others = outputs[len(names) :]
+    outcomes = Outcomes(labels.numpy(), {"clean": clean.numpy()}, names, {}, images=files, others=others)
     for each, values in corrupted.items():
         corruption, severity = each.split(" ")
         outcomes.add(each, values, {"corruption": corruption, "severity": int(severity)})
@@ -376,6 +383,8 @@ def audit(
     settings["unfinished"] = int(open_.sum())
     if open_.any():
         note += f" {open_.sum()} images are not fully attacked, and count as withstanding."
+    if others:
+        note += f" {len(others)} other outputs of the model, which no image is of, compete."
     if widened:
         note += " The images are grey: the model was given each as three equal channels, attacked on their own."
     shown = _gallery(model, images, labels, first, eps, norm, show)

@@ -106,7 +106,7 @@ class Audit:
         share = c / np.maximum(c.sum(1, keepdims=True), 1)
         np.fill_diagonal(c, 0)
         rows, columns = np.unravel_index(np.argsort(-c, axis=None, kind="stable")[:top], c.shape)
-        names = np.array(self.outcomes.class_names)
+        names = np.array(self.outcomes.outputs)
         found = pd.DataFrame(
             {
                 "class": names[rows],
@@ -183,13 +183,13 @@ class Audit:
 
     def first_to_fall(self) -> plots.Figure:
         """The gallery as a figure."""
-        (x, x_adv, index, predicted), names = self.gallery, self.outcomes.class_names
+        (x, x_adv, index, predicted), names = self.gallery, self.outcomes.outputs
         labels = [names[i] for i in self.outcomes.labels[index]]
         return plots.gallery(x, x_adv, labels, [names[i] for i in predicted], self.first[index])
 
     def wrong_as_they_are(self) -> plots.Figure:
         """Some images that are wrong without an attack, and what they are taken for."""
-        (x, index), names = self.mistaken, self.outcomes.class_names
+        (x, index), names = self.mistaken, self.outcomes.outputs
         labels, predicted = self.outcomes.labels[index], self.outcomes.predictions["clean"][index]
         return plots.images(x, [names[i] for i in labels], [names[i] for i in predicted])
 
@@ -228,7 +228,9 @@ class Audit:
             add(html.escape(title + more), own.head(page.MANY))
         add("Under corruptions, mean over severities 1 to 5: per cent [95 % interval]", show.corruptions(a))
         title = f"What the attack turns a class into{of_all}"
-        body.append(page.picture(title, plots.confusion(stats.confusion(few), few.class_names)))
+        body.append(
+            page.picture(title, plots.confusion(stats.confusion(few)[:, : len(few.class_names)], few.class_names))
+        )
         add("The pairs that the attack uses most", confused)
         add(f"Which attack broke how many images{of_all}", self.broken_by().loc[order], True)
         add("Can these numbers be trusted?", self.checks)
