@@ -18,8 +18,8 @@ from PIL import Image
 from torch import nn
 
 from cfol_nb import cli, stats
-from cfol_nb.audit import load, load_weights
-from cfol_nb.audit.adapt import Logits, Order, Transform
+from cfol_nb.audit import black_box, blackbox, load, load_weights
+from cfol_nb.audit.adapt import Logits, Order, Scores, Transform
 from cfol_nb.audit.foreign import Loaded
 from cfol_nb.audit.look import first_look, match
 from cfol_nb.audit.weights import INSIDE, PREFIXES
@@ -687,3 +687,44 @@ def test_the_models_other_outputs_compete(audit_of_code, tmp_path):
     again = Outcomes.unpacked(found.packed())
     assert again.others == found.others
     assert stats.summary(again)["value"]["mean"] == stats.accuracies(found).mean()
+
+
+def test_black_box_attacks_stay_below_the_exact_optimum():
+    """Of a linear function of NumPy arrays: an image falls if its margin is below eps times the weights' L1 norm."""
+    pytest.importorskip("foolbox")
+    rng = np.random.default_rng(0)
+    w, x = rng.normal(size=64), rng.integers(60, 190, (24, 1, 8, 8), np.uint8)
+    b = -(x.reshape(24, 64) / 255 @ w).mean()
+
+    def scores(images):
+        z = images.reshape(len(images), 64) @ w + b
+        return np.stack([-z / 2, z / 2], 1)
+
+    margin = x.reshape(24, 64) / 255 @ w + b
+    labels, eps = torch.from_numpy((margin > 0).astype(int)), 0.02
+    found = black_box(Scores(scores), torch.from_numpy(x), labels, ("a", "b"), eps=eps, queries=200)
+    held = {k: found.correct(k) for k in found.predictions}
+    ratio = np.abs(margin) / (eps * np.abs(w).sum())
+    assert held["clean"].all()
+    assert held["hopskipjump"][ratio > 1].all()  # no attack can
+    assert not held["square"][ratio < 0.4].any()
+    assert not held["hopskipjump"][ratio < 0.95].any()
+    assert (held["hopskipjump"] <= held["square"]).all()
+    assert blackbox.told(found).startswith("Black-box audit, without gradients: Square and HopSkipJump alone")
+
+
+def test_the_command_audits_a_forest(audit_of_code, tmp_path, monkeypatch):
+    pytest.importorskip("foolbox")
+    monkeypatch.setitem(black_box.__kwdefaults__, "queries", 20)
+    monkeypatch.setattr(blackbox, "STEPS", 1)
+    (tmp_path / "forest.py").write_text(
+        "from sklearn.datasets import load_digits\nfrom sklearn.ensemble import RandomForestClassifier\n"
+        "def make():\n    x, y = load_digits(return_X_y=True)\n"
+        "    forest = RandomForestClassifier(3, random_state=0).fit(x / 16, y)\n"
+        "    return lambda images: forest.predict_proba(images.reshape(len(images), -1))\n"
+    )
+    with pytest.raises(ValueError, match=r"returns a function: a torch\.nn\.Module is needed"):
+        audit_of_code(model="forest.py:make")
+    out = audit_of_code(model="forest.py:make", black_box=True, limit=1, eps="0.1")
+    assert "these are upper bounds" in out
+    assert Outcomes.load(tmp_path / "out/outcomes.safetensors").correct("clean").mean() > 0.9

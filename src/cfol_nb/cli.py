@@ -469,6 +469,10 @@ def audit(
     surrogate: Annotated[
         str | None, typer.Option(help="Another model, as --model, whose adversarial images are transferred.")
     ] = None,
+    black_box: Annotated[
+        bool,
+        typer.Option("--black-box", help="For models without gradients: Square and HopSkipJump, which need foolbox."),
+    ] = False,
     worst_only: Annotated[
         bool, typer.Option("--worst-only", help="Spend on the classes that can still be the worst, until one is left.")
     ] = False,
@@ -567,7 +571,7 @@ def _audit(say, start: float, given: dict) -> int:
     asked = [_place(str(given[k])) for k in ("model", "weights", "data")]
     asked += [given[k] for k in ("eps", "norm", "version", "limit", "image_size")]
     asked += [_place(str(given[k])) for k in ("classes", "surrogate")]
-    asked += [given[k] for k in (*preprocessing, "only", "seed", "batch_size", "random_weights")]
+    asked += [given[k] for k in (*preprocessing, "only", "seed", "batch_size", "random_weights", "black_box")]
     settings = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
     title = re.sub(r"[^A-Za-z0-9]+", "-", Path(model).name)
     folder = (given["out"] or runs_dir() / "audits" / f"{title}-{settings}").resolve()
@@ -582,7 +586,7 @@ def _audit(say, start: float, given: dict) -> int:
         return loaded, *a.match(names, known or loaded.names, k, only=given["only"])
 
     random = given["random_weights"]
-    more = {"random_weights": random, "preprocessing": preprocessing}
+    more = {"random_weights": random, "preprocessing": preprocessing, "black_box": given["black_box"]}
     loaded, order, outputs, how = load(model, weights and weights.resolve(), **more)
     shape = " x ".join(map(str, images.images.shape[1:]))
     tell(f"images: {shape}; preprocessing in the model: {loaded.transform}")
@@ -602,6 +606,14 @@ def _audit(say, start: float, given: dict) -> int:
         other = other.ordered(order).to(device)
     # what a call in time may still take: the last batch, and the gallery
     say("doing", f"attacking {model}", end + max(15, 6 * (minutes or 0)))
+    title = f"{model}{f', {weights.name},' if weights else ''} on {data}"
+    if given["black_box"]:
+        more = {k: v for k in ("norm", "batch_size", "seed") if (v := given[k]) is not None}
+        outcomes = a.black_box(net, images.images, images.labels, outputs, eps=float(radius), **more)
+        outcomes.save(folder / "outcomes.safetensors")
+        page = a.blackbox.write(outcomes, title, folder / "audit.html")
+        say("print", f"{a.blackbox.table(outcomes).to_string(index=False)}\n\n{a.blackbox.told(outcomes)}\n\n{page}")
+        return 0
     found = a.audit(
         net,
         images.images,
@@ -610,7 +622,7 @@ def _audit(say, start: float, given: dict) -> int:
         eps=float(radius),
         norm=given["norm"],
         version=given["version"],
-        name=f"{model}{f', {weights.name},' if weights else ''} on {data}",
+        name=title,
         worst_only=given["worst_only"],
         minutes=None if minutes is None else max(minutes - (time.monotonic() - start) / 60, 0),
         folder=folder,

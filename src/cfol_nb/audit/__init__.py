@@ -1,5 +1,7 @@
 """Audit: how robust is each class of any model, how sure is that, what attacks it, and can the numbers be trusted?"""
 
+from cfol_nb.audit import blackbox
+from cfol_nb.audit.blackbox import black_box
 from cfol_nb.audit.compare import Comparison, compare, outcomes_of
 from cfol_nb.audit.core import audit, read_attributes
 from cfol_nb.audit.foreign import Loaded, load, load_model, middle, own_transform, settings, unseen
@@ -12,6 +14,8 @@ __all__ = [
     "Comparison",
     "Loaded",
     "audit",
+    "black_box",
+    "blackbox",
     "compare",
     "first_look",
     "load",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.backends import cudnn
 
 from cfol_nb import data
-from cfol_nb.audit.adapt import INTERPOLATIONS, Logits, Order, Program, Transform
+from cfol_nb.audit.adapt import INTERPOLATIONS, Logits, Order, Program, Scores, Transform
 from cfol_nb.audit.program import load_exported
 from cfol_nb.audit.weights import kind, put, read_state
 from cfol_nb.config import choose
@@ -158,7 +158,7 @@ def _reason(error: Exception) -> str:
     return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:500])))
 
 
-def _of_code(source: str) -> nn.Module:
+def _of_code(source: str, black_box: bool = False) -> nn.Module:
     path, _, function = source.rpartition(":")
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -173,6 +173,8 @@ def _of_code(source: str) -> nn.Module:
         sys.path.remove(beside)
     if not callable(found.get(function)):
         raise ValueError(f"{path} defines no function {function!r}")
+    if black_box and callable(model) and not isinstance(model, nn.Module):
+        return Scores(model)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{source} returns a {type(model).__name__}: a torch.nn.Module is needed")
     return model
@@ -362,6 +364,7 @@ def load(
     *,
     random_weights: bool = False,
     preprocessing: Mapping[str, object] | None = None,
+    black_box: bool = False,
 ) -> Loaded:
     """A model that maps images in [0, 1] to logits.
 
@@ -371,7 +374,7 @@ def load(
     stored or published run or its folder.
     weights: a file of the module's state (`weights.load_weights`). channels: of the images. preprocessing: fields of
     `Transform`, which win over the model's own; None in them is nothing. random_weights: torchvision's and timm's
-    networks need no weights.
+    networks need no weights. black_box: the function may return any function of NumPy arrays (`adapt.Scores`).
     Raises ValueError or FileNotFoundError, with what does not fit, for anything that cannot be loaded.
     """
     form, _, rest = source.partition(":")
@@ -387,7 +390,7 @@ def load(
         if form == "run":
             body = body[0].model(body[1])
     elif source.rpartition(":")[0].endswith(".py"):
-        body = _of_code(source)
+        body = _of_code(source, black_box)
         said = put(body, *read_state(weights), weights) if weights else []
     else:
         raise ValueError(f"model {source!r}: {FORMS} is needed")
