@@ -218,15 +218,15 @@ def test_ard_and_rslad_are_the_formulas():
     taught = torch.randn(2, 4, 3).double() * 4
     adversarial, clean = taught.softmax(2)
     losses, logits, _ = OBJECTIVES["ard"](temperature=30.0)(model, x, x_adv, y, teacher=taught)
-    want = 30**2 * kl_by_hand((taught[0] / 30).softmax(1), (model(x_adv) / 30).softmax(1)) / 3
+    want = 30**2 * kl_by_hand((taught[0] / 30).softmax(1), (model(x_adv) / 30).softmax(1))
     torch.testing.assert_close(losses, want)
-    theirs = F.kl_div((logits / 30).log_softmax(1), (taught[0] / 30).softmax(1), reduction="none").mean()
+    theirs = F.kl_div((logits / 30).log_softmax(1), (taught[0] / 30).softmax(1), reduction="batchmean")
     torch.testing.assert_close(losses.mean(), 30**2 * theirs)
     losses, *_ = OBJECTIVES["rslad"]()(model, x, x_adv, y, teacher=taught)
     parts = kl_by_hand(adversarial, model(x_adv).softmax(1)), kl_by_hand(clean, model(x).softmax(1))
-    torch.testing.assert_close(losses, (5 / 6 * parts[0] + 1 / 6 * parts[1]) / 3)
+    torch.testing.assert_close(losses, 5 / 6 * parts[0] + 1 / 6 * parts[1])
     losses, *_ = OBJECTIVES["rslad"]()(model, x, x_adv, y, boundary=torch.zeros(4), teacher=taught)
-    torch.testing.assert_close(losses, 1 / 6 * parts[1] / 3)
+    torch.testing.assert_close(losses, 1 / 6 * parts[1])
 
 
 def test_a_student_like_its_teacher_has_nothing_to_learn():

@@ -298,7 +298,7 @@ def listens(process: int) -> bool:
 
 
 TRAIN = "train --seeds 4 -s epochs=200 -s device=cpu"
-AUDIT = "audit --model torchvision:resnet18 --data digits --image-size 64"
+AUDIT = "audit --model torchvision:resnet18 --random-weights --data digits --image-size 64"
 
 
 @pytest.mark.slow

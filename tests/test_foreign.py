@@ -1,10 +1,13 @@
 """Models and weights of others, as people have them."""
 
 import contextlib
+import inspect
 import pickle
 import re
 import sys
+import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +17,13 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from cfol_nb.audit import load, load_weights
-from cfol_nb.audit.adapt import Logits, Transform
+from cfol_nb import cli, stats
+from cfol_nb.audit import black_box, blackbox, load, load_weights
+from cfol_nb.audit.adapt import Logits, Order, Scores, Transform
+from cfol_nb.audit.foreign import Loaded
+from cfol_nb.audit.look import first_look, match
 from cfol_nb.audit.weights import INSIDE, PREFIXES
+from cfol_nb.outcomes import Outcomes
 
 
 def net():
@@ -481,3 +488,243 @@ def test_a_wrong_program_is_refused(tmp_path, name, content, says):
         load(str(tmp_path / name))
     with pytest.raises(FileNotFoundError, match="there is no file"):
         load(str(tmp_path / f"none{name[1:]}"))
+
+
+# -- which output is which class, and is the model right at all? -------------------------------------------------------
+
+
+def test_classes_are_matched_by_name():
+    outputs = ("tench, Tinca tinca", "goldfish", "Great_White-shark", "crane", "crane, machine")
+    order, names, how = match(("great white shark", "tench"), outputs, 5, only=True)
+    assert (order, how) == ([2, 0, 1, 3, 4], "by name")
+    assert names == ("great white shark", "tench", "goldfish", "crane", "crane, machine")
+    assert match(("crane", "goldfish"), outputs, 5, only=True)[0][:2] == [3, 1]
+    assert match(("b", "a"), (), 2)[0] == [0, 1]
+    assert match(("b", "a"), ("a", "b"), 2)[0] == [1, 0]
+    assert match(("7", "2"), (), 10, only=True)[0][:2] == [7, 2]  # numbers count outputs
+    assert match(("0", "1", "10", "2"), (), 4)[0] == [0, 1, 2, 3]  # in the order of ImageFolder, as it was trained
+    for classes, known, k, says in (
+        (("a", "b"), (), 3, r"the model has 3 outputs, the images 2 classes .*--classes FILE"),
+        (("a", "b"), ("a", "b", "c"), 3, r"1 of the model's 3 outputs have no images \(for example 'c'\): say --only"),
+        (("a", "x"), ("a", "b", "c"), 3, r"class 'x' is none of the model's outputs \(a, b, c\)"),
+        (("a", "A"), ("a", "b"), 2, "two classes are the same output"),
+        (("a", "b"), ("a", "b", "c"), 2, r"3 class names \(a, b, c\), but the model has 2 outputs"),
+        (("crane",), ("crane, a", "crane, b"), 2, "the name of 2 outputs"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            match(classes, known, k)
+
+
+def test_imagenets_folder_names_are_matched():
+    timm = pytest.importorskip("timm")
+    info = timm.data.ImageNetInfo()
+    order, names, _ = match(("n01443537", "n01440764"), (), 1000, only=True)
+    assert order[:2] == [1, 0]  # goldfish, tench
+    assert sorted(order) == list(range(1000))
+    every = info.label_names()
+    assert match(sorted(every), (), 1000)[0] == [every.index(w) for w in sorted(every)]
+    assert len(names) == 1000
+
+
+def linear(x, y, k):
+    """A model of these images' classes, fitted by least squares."""
+    a = torch.cat([x.flatten(1), torch.ones(len(x), 1)], 1)
+    w = torch.linalg.lstsq(a.double(), nn.functional.one_hot(y, k).double(), driver="gelsd").solution.float()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(len(w) - 1, k))
+    net[1].weight.data, net[1].bias.data = w[:-1].T.contiguous(), w[-1]
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    from cfol_nb.data import load as data
+
+    d = data("digits")
+    return d.train.images[:600].expand(-1, 3, -1, -1), d.train.labels[:600], d.train.class_names
+
+
+def at_first(net, digits, transform=None, names=()):
+    x, y, classes = digits
+    loaded = Loaded(net, transform or Transform(), names)
+    return first_look(loaded, range(10), x, y, classes)
+
+
+def test_a_model_at_chance_is_told_why(digits):
+    x, y, _ = digits
+    tinted = (x / 255) * torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1)  # so that channels differ
+    net = linear(tinted, y, 10)
+    tinted_digits = ((255 * tinted).round().byte(), y, digits[2])
+    text, wrong = at_first(net, tinted_digits)
+    assert wrong == ""
+    assert float(text.split()[0]) > 90
+    shuffled = nn.Sequential(net, Order([3, 7, 4, 0, 5, 9, 2, 6, 1, 8]))
+    wrong = at_first(shuffled, tinted_digits)[1]
+    assert "is the class order right" in wrong
+    assert "With the outputs in the order 3, 7, 4, 0, 5, 9, 2, 6, 1, 8 (--classes FILE" in wrong
+    two_right = nn.Sequential(net, Order([0, 1, 3, 4, 5, 6, 7, 8, 9, 2]))  # above chance, and yet
+    text, wrong = at_first(two_right, tinted_digits)
+    assert "with the outputs in the order 0, 1, 3, 4, 5, 6, 7, 8, 9, 2 (--classes FILE" in text
+    assert wrong == ""
+    of_bytes = nn.Sequential(Over255(), net)
+    assert "With --scale 255 (a model of images in 0..255) it would be" in at_first(of_bytes, tinted_digits)[1]
+    assert at_first(of_bytes, tinted_digits, Transform(scale=255.0))[1] == ""
+    of_red = nn.Sequential(OfRed(), linear(x[:, :1] / 255, y, 10))
+    red = torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], 1), y, digits[2]
+    assert at_first(of_red, red)[1] == ""
+    assert "With --bgr it would be" in at_first(of_red, (red[0].flip(1), *red[1:]))[1]
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    constant[1].weight.data.zero_()
+    assert "No other order or known preprocessing explains it" in at_first(constant, tinted_digits)[1]
+
+
+class Over255(nn.Module):
+    """Sees nothing in images that are dark, as those in [0, 1] are to a model of bytes."""
+
+    def forward(self, x):
+        return (x - 1).clamp_min(0) / 254
+
+
+class OfRed(nn.Module):
+    def forward(self, x):
+        return x[:, :1]
+
+
+def test_a_single_output_that_is_a_probability_is_said(digits):
+    x, y, _ = digits
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 1), nn.Sigmoid())
+    wrong = first_look(Loaded(net, Transform()), [0, 1], x, y % 2, ("even", "odd"))[1]
+    assert "Its single output lies between 0 and 1" in wrong
+
+
+CODE = """
+import torch
+from sklearn.datasets import load_digits
+class Tuple(torch.nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+    def forward(self, x):
+        return self.body(x), x
+def make():
+    d = load_digits()
+    x, y = torch.tensor(d.images / 16).float().flatten(1) - 0.5, torch.nn.functional.one_hot(torch.tensor(d.target))
+    w = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y.float(), driver="gelsd").solution
+    net = torch.nn.Linear(64, 10)
+    net.weight.data, net.bias.data = w[:-1].T.contiguous(), w[-1]
+    return Tuple(torch.nn.Sequential(torch.nn.Flatten(), net))
+"""
+
+
+@pytest.fixture
+def audit_of_code(tmp_path, monkeypatch):
+    """The command `audit` in this process: what it says."""
+    (tmp_path / "net.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    defaults = {k: p.default for k, p in inspect.signature(cli.audit).parameters.items()}
+    defaults |= {"data": "digits", "limit": 4, "version": "fast", "eps": "2/255", "out": tmp_path / "out"}
+
+    def call(**more):
+        said = []
+        cli._audit(
+            lambda *words: said.append(words), time.monotonic(), {**defaults, "command": "", "form": None, **more}
+        )
+        return "\n".join(words[1] for words in said if words[0] == "print")
+
+    return call
+
+
+def test_the_command_says_what_it_understood(audit_of_code):
+    lines = audit_of_code(model="net.py:make", mean="0.5", std="1", seed=1).splitlines()
+    assert lines[1] == "images: 1 x 8 x 8; preprocessing in the model: minus mean (0.5), by std (1)"
+    assert lines[2] == "outputs: 10; class order: taken to be the model's order"
+    assert re.fullmatch(r"clean accuracy: \d+\.\d % \[.*\] of 40 images", lines[3])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"eps": "0"}, "eps=0: a radius above 0 is needed"),
+        ({"mean": "a", "std": "1"}, r"mean=a: a number is needed, or three as 0\.5,0\.5,0\.5"),
+        ({"mean": "0.5"}, "both or neither"),
+        ({"classes": Path("none.txt")}, r"there is no file none\.txt"),
+        ({"weights": Path("net.py")}, "holds no weights"),
+        ({"mean": "0.5", "std": "0.001", "scale": 1e-6}, "no more than chance .*is the class order right"),
+        ({"model": "torchvision:resnet18"}, "say --random-weights"),
+    ],
+)
+def test_the_command_refuses(audit_of_code, more, says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        audit_of_code(**{"model": "net.py:make", **more})
+
+
+def test_the_models_other_outputs_compete(audit_of_code, tmp_path):
+    """Folders 5 and 3 of a model of ten digits: right is what the largest of all ten logits says."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    seen = {}
+    for i in np.flatnonzero((raw.target == 3) | (raw.target == 5))[40:70]:
+        path = tmp_path / "photos" / str(raw.target[i]) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.rint(raw.images[i] * 255 / 16).astype(np.uint8), "L").save(path)
+        seen[f"{raw.target[i]}/{i}.png"] = i
+    given = {"model": "net.py:make", "data": "imagefolder:photos", "limit": None, "mean": "0.5", "std": "1"}
+    with pytest.raises(ValueError, match="say --only to audit the classes that have"):
+        audit_of_code(**given)
+    out = audit_of_code(**given, only=True, eps="0.15")
+    assert "class order: the folders' numbers" in out
+    found = Outcomes.load(tmp_path / "out/outcomes.safetensors")
+    assert (found.class_names, found.others) == (("3", "5"), ("0", "1", "2", "4", "6", "7", "8", "9"))
+    net = load("net.py:make", preprocessing={"mean": (0.5,), "std": (1.0,)}).model
+    pixels = np.rint(raw.images[[seen[f] for f in found.images]] * 255 / 16)
+    with torch.no_grad():
+        theirs = net(torch.from_numpy(pixels).float()[:, None] / 255).argmax(1)
+    assert [found.outputs[i] for i in found.predictions["clean"]] == [str(int(c)) for c in theirs]
+    assert (found.predictions["autoattack"] > 1).any()  # taken for a digit without a folder
+    assert found.table()["autoattack"].isin(list("0123456789")).all()
+    assert (tmp_path / "out/audit.html").stat().st_size > 10_000
+    assert stats.confusion(found).shape == (2, 10)
+    again = Outcomes.unpacked(found.packed())
+    assert again.others == found.others
+    assert stats.summary(again)["value"]["mean"] == stats.accuracies(found).mean()
+
+
+def test_black_box_attacks_stay_below_the_exact_optimum():
+    """Of a linear function of NumPy arrays: an image falls if its margin is below eps times the weights' L1 norm."""
+    pytest.importorskip("foolbox")
+    rng = np.random.default_rng(0)
+    w, x = rng.normal(size=64), rng.integers(60, 190, (24, 1, 8, 8), np.uint8)
+    b = -(x.reshape(24, 64) / 255 @ w).mean()
+
+    def scores(images):
+        z = images.reshape(len(images), 64) @ w + b
+        return np.stack([-z / 2, z / 2], 1)
+
+    margin = x.reshape(24, 64) / 255 @ w + b
+    labels, eps = torch.from_numpy((margin > 0).astype(int)), 0.02
+    found = black_box(Scores(scores), torch.from_numpy(x), labels, ("a", "b"), eps=eps, queries=200)
+    held = {k: found.correct(k) for k in found.predictions}
+    ratio = np.abs(margin) / (eps * np.abs(w).sum())
+    assert held["clean"].all()
+    assert held["hopskipjump"][ratio > 1].all()  # no attack can
+    assert not held["square"][ratio < 0.4].any()
+    assert not held["hopskipjump"][ratio < 0.95].any()
+    assert (held["hopskipjump"] <= held["square"]).all()
+    assert blackbox.told(found).startswith("Black-box audit, without gradients: Square and HopSkipJump alone")
+
+
+def test_the_command_audits_a_forest(audit_of_code, tmp_path, monkeypatch):
+    pytest.importorskip("foolbox")
+    monkeypatch.setitem(black_box.__kwdefaults__, "queries", 20)
+    monkeypatch.setattr(blackbox, "STEPS", 1)
+    (tmp_path / "forest.py").write_text(
+        "from sklearn.datasets import load_digits\nfrom sklearn.ensemble import RandomForestClassifier\n"
+        "def make():\n    x, y = load_digits(return_X_y=True)\n"
+        "    forest = RandomForestClassifier(3, random_state=0).fit(x / 16, y)\n"
+        "    return lambda images: forest.predict_proba(images.reshape(len(images), -1))\n"
+    )
+    with pytest.raises(ValueError, match=r"returns a function: a torch\.nn\.Module is needed"):
+        audit_of_code(model="forest.py:make")
+    out = audit_of_code(model="forest.py:make", black_box=True, limit=1, eps="0.1")
+    assert "these are upper bounds" in out
+    assert Outcomes.load(tmp_path / "out/outcomes.safetensors").correct("clean").mean() > 0.9

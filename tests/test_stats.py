@@ -225,6 +225,8 @@ def test_figures_show_the_numbers():
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == [f"c{i}" for i in np.argsort(mean)]
     shown = [line.get_xdata() for line in fig.axes[0].lines if len(line.get_xdata()) == 4]
     assert any(np.allclose(x, np.sort(mean)) for x in shown)
+    worst = 100 * stats.summary(groups["A"]).loc["worst", "value"]
+    assert f"worst class {worst:.0f} % under attack" in fig.axes[0].get_title("left")  # figure and table say the same
     p = pd.DataFrame([[0.25] * 4, [0.1, 0.2, 0.3, 0.4]], columns=list("abcd"), index=[1, 2])
     named = [t.get_text() for t in plots.life_of_p(p).axes[0].texts]
     assert named[:3] == ["d", "c", "b"]

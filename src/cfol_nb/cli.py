@@ -1,8 +1,9 @@
-"""The command line: `cfol-nb run | train | suite | publish | verify | audit | fetch | list`."""
+"""The command line: `cfol-nb run | train | suite | publish | verify | audit | compare | fetch | list`."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -352,8 +353,7 @@ def _child(pipe: Connection, target, args: tuple) -> None:
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # of the parent alone, which may ignore its own
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-        target(say, *args)
-        say("done")
+        say("done", target(say, *args))
     except BaseException as error:
         kind = "refused" if isinstance(error, ValueError | FileNotFoundError) else "failed"
         with contextlib.suppress(OSError):
@@ -363,8 +363,8 @@ def _child(pipe: Connection, target, args: tuple) -> None:
     os._exit(0)  # whatever threads and exit handlers are left
 
 
-def _watched(target, *args, until: float) -> None:
-    """Run `target(say, *args)` in a process of its own, and print what it says.
+def _watched(target, *args, until: float) -> object:
+    """Run `target(say, *args)` in a process of its own, print what it says, and return what it returns, as JSON has it.
 
     say("doing", text, until): what it does from now on, and the time (of `time.monotonic`) by which that has to end.
     say("print", text): for standard output. ValueError for what it refuses; RuntimeError or TimeoutError, in a sentence
@@ -394,7 +394,7 @@ def _watched(target, *args, until: float) -> None:
             elif kind == "print":
                 typer.echo(words[0])
             elif kind == "done":
-                return
+                return words[0]
             elif kind == "refused":
                 raise ValueError(words[1]) from RuntimeError(words[2])
             elif kind == "failed":
@@ -431,14 +431,48 @@ def _place(text: str) -> str:
 
 @app.command()
 def audit(
-    model: Annotated[str, typer.Option(help="FILE.py:function, torchvision:NAME, or run:NAME (a stored run).")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="FILE.py:function, FILE.pt (TorchScript), FILE.pt2, FILE.onnx, torchvision:NAME, timm:NAME, hf:NAME "
+            "(or a folder), or run:NAME (a stored run)."
+        ),
+    ],
     data: Annotated[
         str, typer.Option(help="A data set of `cfol-nb list` or imagefolder:PATH; its test split, if it has one.")
     ],
     weights: Annotated[Path | None, typer.Option(help="Of the module: .safetensors, .pt, .pth, .ckpt or .bin.")] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Of torchvision's and timm's networks: they need no weights.")
+    ] = False,
+    classes: Annotated[
+        Path | None, typer.Option(help="Names of the model's outputs in their order, one on a line; else its own.")
+    ] = None,
+    only: Annotated[
+        bool, typer.Option("--only", help="Audit the classes that have images; the model's other outputs compete.")
+    ] = False,
+    mean: Annotated[str | None, typer.Option(help="That the model subtracts: one number, or R,G,B.")] = None,
+    std: Annotated[str | None, typer.Option(help="By which it then divides.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Of images in [0, 1] before that: 255 for a model of bytes.")
+    ] = None,
+    bgr: Annotated[bool | None, typer.Option("--bgr/--rgb", help="The model's order of channels.")] = None,
+    channels: Annotated[int | None, typer.Option(help="That the model takes: 1 (grey) or 3.")] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="To the model's own size: bilinear, bicubic or nearest.")
+    ] = None,
     eps: Annotated[str, typer.Option(help="Radius in the unit of images in [0, 1].")] = "8/255",
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
     version: Annotated[str, typer.Option(help="Of AutoAttack: standard or fast.")] = "standard",
+    seed: Annotated[int, typer.Option(min=0, help="Of the attacks' random draws.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; default by their size.")] = None,
+    surrogate: Annotated[
+        str | None, typer.Option(help="Another model, as --model, whose adversarial images are transferred.")
+    ] = None,
+    black_box: Annotated[
+        bool,
+        typer.Option("--black-box", help="For models without gradients: Square and HopSkipJump, which need foolbox."),
+    ] = False,
     worst_only: Annotated[
         bool, typer.Option("--worst-only", help="Spend on the classes that can still be the worst, until one is left.")
     ] = False,
@@ -452,28 +486,63 @@ def audit(
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder of the page; default runs/audits/MODEL-HASH.")
     ] = None,
+    attributes: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="CSV or Parquet: image, and columns such as camera or site.")
+    ] = None,
+    corruptions: Annotated[
+        bool, typer.Option("--corruptions", help="Fog, noise and five more, beside the attacks.")
+    ] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Keep adversarial images and a list of all images, too.")
+    ] = False,
+    fail_below: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit with 3 if the worst class may lie below, by its interval.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print all of it as JSON instead.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print the classes as CSV instead.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print the classes as a LaTeX table instead.")] = False,
 ) -> None:
     """Audit any model: which class is weakest, how sure is that, what attacks it? Prints it and writes one HTML page.
 
-    The same command goes on where an earlier one stopped.
+    The same command goes on where an earlier one stopped. Exit status: 4 if a check of the numbers failed, else 3 with
+    --fail-below, else 0.
 
     Example: cfol-nb audit --model net.py:make --weights net.safetensors --data imagefolder:photos --minutes 30
     """
-    given = locals()
+    given = locals() | {"form": _form(json=json_, csv=csv, latex=latex)}
     start = time.monotonic()  # importing torch, decoding images and loading weights count, too
     if minutes is not None and not minutes < math.inf:
         raise ValueError(f"minutes={minutes}: a finite number is needed")
-    _watched(_audit, start, given, until=math.inf if minutes is None else start + 60 * minutes)
+    until = math.inf if minutes is None else start + 60 * minutes
+    raise typer.Exit(_watched(_audit, start, given, until=until))
 
 
-def _audit(say, start: float, given: dict) -> None:
-    """The command `audit` in its own process. given: its arguments."""
+def _form(**asked: bool) -> str | None:
+    """Which form of output was asked for."""
+    forms = [name for name, wanted in asked.items() if wanted]
+    if len(forms) > 1:
+        raise ValueError(f"--{forms[0]} and --{forms[1]} are two forms of the answer: choose one")
+    return forms[0] if forms else None
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    """One number, or three with commas between."""
+    try:
+        return None if text is None else tuple(float(t) for t in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name}={text}: a number is needed, or three as 0.5,0.5,0.5") from None
+
+
+def _audit(say, start: float, given: dict) -> int:
+    """The command `audit` in its own process: the exit status. given: its arguments."""
     import torch
 
     from cfol_nb import audit as a
     from cfol_nb import data as d
+    from cfol_nb.audit import show
     from cfol_nb.config import choose
-    from cfol_nb.files import runs_dir, write_tensors
+    from cfol_nb.corruptions import CORRUPTIONS
+    from cfol_nb.files import runs_dir
     from cfol_nb.headless import parse
 
     model, data, weights, minutes = (given[k] for k in ("model", "data", "weights", "minutes"))
@@ -483,45 +552,139 @@ def _audit(say, start: float, given: dict) -> None:
         raise ValueError("device=cuda: there is no CUDA device here")
     if isinstance(radius := parse(given["eps"]), bool) or not isinstance(radius, int | float):
         raise ValueError(f"eps={given['eps']}: a number is needed, such as 8/255")
+    if not radius > 0:
+        raise ValueError(f"eps={given['eps']}: a radius above 0 is needed")
+    preprocessing = {k: _numbers(k, given[k]) for k in ("mean", "std")}
+    preprocessing |= {k: given[k] for k in ("scale", "bgr", "channels", "interpolation")}
+    known = given["classes"] and a.read_classes(given["classes"])
     end = math.inf if minutes is None else start + 60 * minutes
+    side, own = given["image_size"], a.own_transform(model)
+    folder_of_files = data.startswith("imagefolder:")
     say("doing", f"reading {data}", end)
-    images = d.limit(a.unseen(model, data, given["image_size"]), given["limit"])
+    images = d.limit(a.unseen(model, data, side or (folder_of_files and own.resize) or None), given["limit"])
+    if folder_of_files and not side and own.side:
+        images = a.middle(images, own.side)
     names = images.class_names
-    say("print", f"{len(images)} images of {len(names)} classes, in this order: {', '.join(names)}")
+    attributes = given["attributes"] and a.read_attributes(given["attributes"], images.files)
+    tell = print if given["form"] else functools.partial(say, "print")  # here print goes to standard error
+    tell(show.wrapped(f"{len(images)} images of {len(names)} classes, in this order: {', '.join(names)}"))
     asked = [_place(str(given[k])) for k in ("model", "weights", "data")]
     asked += [given[k] for k in ("eps", "norm", "version", "limit", "image_size")]
+    asked += [_place(str(given[k])) for k in ("classes", "surrogate")]
+    asked += [given[k] for k in (*preprocessing, "only", "seed", "batch_size", "random_weights", "black_box")]
     settings = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
     title = re.sub(r"[^A-Za-z0-9]+", "-", Path(model).name)
     folder = (given["out"] or runs_dir() / "audits" / f"{title}-{settings}").resolve()
-    say("doing", f"loading {model}", time.monotonic() + 600 if minutes is None else end)
+    soon = time.monotonic() + 600 if minutes is None else end
+    say("doing", f"loading {model}", soon)
     restore = a.settings()
-    net = a.load_model(model, weights and weights.resolve(), len(names), images.images.shape[1]).to(device)
-    if not (given["compiled"] or isinstance(net, torch.jit.ScriptModule)):  # there it would be in the way
+
+    def load(source: str, file: Path | None, **more) -> tuple[a.Loaded, list[int], tuple[str, ...], str]:
+        loaded = a.load(source, file, len(names), images.images.shape[1], **more)
+        loaded.body.to(device)
+        k = a.outputs_of(loaded.model.to(device), images.images)
+        return loaded, *a.match(names, known or loaded.names, k, only=given["only"])
+
+    random = given["random_weights"]
+    more = {"random_weights": random, "preprocessing": preprocessing, "black_box": given["black_box"]}
+    loaded, order, outputs, how = load(model, weights and weights.resolve(), **more)
+    shape = " x ".join(map(str, images.images.shape[1:]))
+    tell(f"images: {shape}; preprocessing in the model: {loaded.transform}")
+    said = f"weights: {'; '.join(loaded.said)}\n" if loaded.said else ""
+    tell(f"{said}outputs: {len(outputs)}; class order: {how}")
+    clean, wrong = a.first_look(loaded, order, images.images, images.labels, outputs)
+    if wrong and not random:
+        raise ValueError(wrong)
+    tell(f"clean accuracy: {clean}")
+    net = loaded.ordered(order).to(device)
+    if not given["compiled"]:  # there it would be in the way
         net.register_forward_hook(lambda *_: restore())
+    other = None
+    if given["surrogate"]:
+        say("doing", f"loading {given['surrogate']}", soon)
+        other, order, *_ = load(given["surrogate"], None)
+        other = other.ordered(order).to(device)
     # what a call in time may still take: the last batch, and the gallery
     say("doing", f"attacking {model}", end + max(15, 6 * (minutes or 0)))
+    title = f"{model}{f', {weights.name},' if weights else ''} on {data}"
+    if given["black_box"]:
+        more = {k: v for k in ("norm", "batch_size", "seed") if (v := given[k]) is not None}
+        outcomes = a.black_box(net, images.images, images.labels, outputs, eps=float(radius), **more)
+        outcomes.save(folder / "outcomes.safetensors")
+        page = a.blackbox.write(outcomes, title, folder / "audit.html")
+        say("print", f"{a.blackbox.table(outcomes).to_string(index=False)}\n\n{a.blackbox.told(outcomes)}\n\n{page}")
+        return 0
     found = a.audit(
         net,
         images.images,
         images.labels,
-        names,
+        outputs,
         eps=float(radius),
         norm=given["norm"],
         version=given["version"],
-        name=f"{model}{f', {weights.name},' if weights else ''} on {data}",
+        name=title,
         worst_only=given["worst_only"],
         minutes=None if minutes is None else max(minutes - (time.monotonic() - start) / 60, 0),
         folder=folder,
         compiled=given["compiled"],
+        files=images.files,
+        attributes=attributes,
+        corruptions=tuple(CORRUPTIONS) * given["corruptions"],
+        keep_images=given["images"],
+        surrogate=other,
+        batch_size=given["batch_size"],
+        seed=given["seed"],
+        only=given["only"],
     )
     say("doing", "writing the page", math.inf)
-    write_tensors(folder / "outcomes.safetensors", found.outcomes.tensors(), found.outcomes.meta())
-    page = found.html(folder / "audit.html")
-    say("print", f"per cent [95 % interval]\n{found.stated().to_string(index=False)}")
-    say("print", f"\nimages that each attack was the first to break\n{found.broken_by().to_string()}")
-    if len(found.checks):
-        say("print", f"\n{found.checks.to_string(index=False)}")
-    say("print", f"\n{found.verdict()}\n\n{page}")
+    found.outcomes.save(folder / "outcomes.safetensors")
+    if given["images"]:
+        found.images().to_csv(folder / "images" / "images.csv", index=False)
+    page = found.html(folder / "audit.html", show.made(net, images.images, images.labels, radius=given["eps"]))
+    form = given["form"]
+    say("print", show.rendered(form, found.answer) if form else f"{show.text(found)}\n\n{page}")
+    status, why = show.status(found.answer, given["fail_below"])
+    if why:
+        print(why)
+    return status
+
+
+@app.command()
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Folders of audits, runs of `cfol-nb list`, published ones, or CSVs."),
+    ],
+    attack: Annotated[str | None, typer.Option(help="By default the last one that all have.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Of CSVs with numbers: one name a line, in their order.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="The page; default runs/compared/MODELS.html.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print all of it as JSON instead.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print the classes as CSV instead.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print the classes as a LaTeX table instead.")] = False,
+) -> None:
+    """Compare models on the same images, class by class: what changed from the first to each other one, with paired
+    tests and intervals. Prints it and writes one HTML page. A CSV has columns label, clean, one for each attack, and
+    image, if they have names.
+
+    Example: cfol-nb compare before.csv after.csv --attack pgd20
+    """
+    from cfol_nb import audit as a
+    from cfol_nb.audit import show
+    from cfol_nb.files import as_name, runs_dir
+
+    form = _form(json=json_, csv=csv, latex=latex)
+    names = classes and [line for line in classes.read_text().splitlines() if line.strip()]
+    short = [Path(m).stem if Path(m).exists() else m.removeprefix("run:") for m in models]
+    labels = short if len(set(short)) == len(models) else models
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"{' '.join(models)}: the same model is named twice")
+    found = a.compare({k: a.outcomes_of(m, names) for k, m in zip(labels, models, strict=True)}, attack)
+    page = found.html(out or runs_dir() / "compared" / f"{as_name('-'.join(short))}.html")
+    typer.echo(show.rendered(form, found.answer) if form else f"{found.text()}\n\n{page}")
 
 
 @app.command()

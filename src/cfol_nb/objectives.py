@@ -127,10 +127,11 @@ class MART(Objective):
 
 
 class ARD(Objective):
-    """T^2 KL(softmax(t(x) / T) || softmax(f(x') / T)) / K, t(x) the teacher's logits; the attack is on the CE.
+    """T^2 KL(softmax(t(x) / T) || softmax(f(x') / T)), t(x) the teacher's logits; the attack is on the CE.
 
     temperature: T, 30. Adversarially robust distillation (Goldblum et al., AAAI 2020), without its share of CE(x),
-    which is 0 in what is published of Fair-ARD. Divided by K as by torch's KLDivLoss, which the authors use.
+    which is 0 in what is published of Fair-ARD. The KL is summed over classes, as in the paper; the code, whose
+    KLDivLoss takes the mean over them, trains at 1/K of the size.
     """
 
     attack_loss = "ce"
@@ -145,12 +146,12 @@ class ARD(Objective):
         self, model, x, x_adv, y, adjust=as_is, boundary=None, smoothing=0.0, teacher=None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         logits, t = model(x_adv), self.temperature
-        return t**2 * kl(teacher[0] / t, logits / t) / logits.shape[1], logits, None
+        return t**2 * kl(teacher[0] / t, logits / t), logits, None
 
 
 class RSLAD(Objective):
-    """(KL(p_t(x) || p(x)) + 5 KL(p_t(x) || p(x'))) / (6 K), p_t the teacher's softmax; the attack is on the second KL
-    (Zi et al., ICCV 2021, equation 6). Divided by K as in the authors' code."""
+    """1/6 KL(p_t(x) || p(x)) + 5/6 KL(p_t(x) || p(x')), p_t the teacher's softmax; the attack is on the second KL (Zi
+    et al., ICCV 2021). Summed over classes; the authors' code has 1/K of it, as for ARD."""
 
     attack_loss = "teacher"
     needs_teacher = True
@@ -161,7 +162,7 @@ class RSLAD(Objective):
         clean, logits = model(x), model(x_adv)
         between = kl(teacher[0], logits)
         between = between if boundary is None else between * boundary.to(between)
-        return (kl(teacher[1], clean) + 5 * between) / (6 * logits.shape[1]), logits, clean
+        return (kl(teacher[1], clean) + 5 * between) / 6, logits, clean
 
 
 OBJECTIVES = {"clean": Clean, "at": AT, "trades": TRADES, "mart": MART, "ard": ARD, "rslad": RSLAD}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ COLUMNS = ["check", "verdict", "seen"]  # of a checklist
 class Outcomes:
     """labels: (N,) int64. predictions: attack name -> (N,) int64, "clean" first. attacks: their settings. checks:
     attack name -> can its numbers be trusted (`checks.checklist`)? images: the name of each, where they are known.
+    others: names of the model's other outputs, which no image is of; predictions of them come after the classes'.
 
     Integers of any type are taken, also as tensors or lists; an attack without settings has empty ones. Raises
     ValueError for classes out of range, for lengths that differ, for two images of one name, and for settings or checks
@@ -35,6 +36,7 @@ class Outcomes:
     attacks: dict[str, dict] = field(default_factory=dict)
     checks: dict[str, pd.DataFrame] = field(default_factory=dict)
     images: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     def __post_init__(self):
         names = tuple(self.class_names)
@@ -53,6 +55,7 @@ class Outcomes:
             ("attacks", {k: self.attacks.get(k, {}) for k in given if k != "clean"}),
             ("checks", dict(self.checks)),
             ("images", tuple(map(str, self.images))),
+            ("others", tuple(map(str, self.others))),
         ):
             object.__setattr__(self, field_, value)
         if len(self.images) not in (0, len(self.labels)):
@@ -63,10 +66,15 @@ class Outcomes:
             self._keep(name, values)
 
     def _keep(self, name: str, values) -> None:
-        values = _classes(f"predictions {name!r}", values, len(self.class_names))
+        values = _classes(f"predictions {name!r}", values, len(self.outputs))
         if len(values) != len(self.labels):
             raise ValueError(f"{len(values)} predictions {name!r}, but {len(self.labels)} labels")
         self.predictions[name] = values
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names that predictions number."""
+        return (*self.class_names, *self.others)
 
     @classmethod
     def from_predictions(
@@ -113,7 +121,7 @@ class Outcomes:
 
     def table(self) -> pd.DataFrame:
         """What `from_table` takes, with names of classes: one row per image."""
-        names = np.array(self.class_names, object)
+        names = np.array(self.outputs, object)
         own = {"image": list(self.images)} if self.images else {}
         return pd.DataFrame(own | {"label": names[self.labels]} | {k: names[v] for k, v in self._whole().items()})
 
@@ -151,7 +159,7 @@ class Outcomes:
         """These images alone, in this order."""
         predictions = {k: v[index] for k, v in self._whole().items()}
         images = [self.images[i] for i in index] if self.images else ()
-        return Outcomes(self.labels[index], predictions, self.class_names, self.attacks, self.checks, images)
+        return replace(self, labels=self.labels[index], predictions=predictions, images=images)
 
     def grouped(self, groups: Sequence) -> Outcomes:
         """The same right and wrong answers by other groups of images than the classes: groups: (N,) the name of each
@@ -227,6 +235,7 @@ class Outcomes:
             {k: meta["attacks"][k] for k in meta["order"]},
             _tables(meta),
             tuple(meta.get("images", ())),
+            tuple(meta.get("others", ())),
         )
 
     def packed(self) -> dict:
@@ -254,6 +263,7 @@ class Outcomes:
             {k: packed["attacks"][k] for k in packed["order"]},
             _tables(packed),
             tuple(packed.get("images", ())),
+            tuple(packed.get("others", ())),
         )
 
     def meta(self) -> dict:
@@ -264,7 +274,7 @@ class Outcomes:
             "attacks": self.attacks,
             "order": list(self.attacks),
             "checks": checks,
-            **({"images": list(self.images)} if self.images else {}),
+            **{k: list(v) for k in ("images", "others") if (v := getattr(self, k))},
         }
 
 

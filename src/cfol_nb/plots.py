@@ -139,7 +139,8 @@ def class_accuracies(
 ) -> Figure:
     """One panel per group, classes sorted by the robust accuracy of the group `order_by` (the first): clean and robust.
 
-    A point is the mean over runs. The bar is Wilson's 95 % interval for the test images of the class, at that mean: it
+    A point is the mean over runs; the worst class in the title is that of `stats.summary`, the mean over runs of each
+    one's worst. The bar is Wilson's 95 % interval for the test images of the class, at that mean: it
     says how far another test set could move the point. A class without images has a name and no point.
     """
     groups = {k: _listed(v) for k, v in groups.items()}
@@ -172,19 +173,24 @@ def class_accuracies(
         ax.plot(clean, rows, "o", color=CLEAN, ms=6, mec="white", zorder=2, label="clean")
         ax.axvline(np.nanmean(robust), color=ROBUST, lw=1, ls=":", zorder=0)
         ax.axvline(np.nanmean(clean), color="#8494a4", lw=1, ls=":", zorder=0)
-        worst = int(np.nanargmin(robust))
-        room = low[worst] > 0.16  # beside the bar, or else beyond the clean point
-        ax.annotate(
-            f"{100 * robust[worst]:.0f} %",
-            (low[worst] if room else max(high[worst], clean[worst]), rows[worst]),
-            xytext=(-6 if room else 8, 0),
-            textcoords="offset points",
-            va="center",
-            ha="right" if room else "left",
-            color=ROBUST,
-            fontweight="bold",
-        )
-        ax.set_title(f"{_name(label)}: mean {100 * np.nanmean(robust):.0f} % under attack", fontsize=11, loc="left")
+        worst, mean = int(np.nanargmin(robust)), 100 * np.nanmean(robust)
+        title = f"{_name(label)}: mean {mean:.0f} % under attack"
+        if len(several) > 1:
+            least = 100 * np.mean([np.nanmin(accuracies(o, attack)) for o in several])
+            title = f"{_name(label)}\nmean {mean:.0f} %, worst class {least:.0f} % under attack"
+        else:  # at its point
+            room = low[worst] > 0.16  # beside the bar, or else beyond the clean point
+            ax.annotate(
+                f"{100 * robust[worst]:.0f} %",
+                (low[worst] if room else max(high[worst], clean[worst]), rows[worst]),
+                xytext=(-6 if room else 8, 0),
+                textcoords="offset points",
+                va="center",
+                ha="right" if room else "left",
+                color=ROBUST,
+                fontweight="bold",
+            )
+        ax.set_title(title, fontsize=11, loc="left")
         ax.set(xlabel="accuracy", xlim=(0, 1.02))
         ax.grid(axis="y", visible=False)
     _rows(axes[0, 0], names)

@@ -101,10 +101,10 @@ def deviation_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def confusion(outcomes: Outcomes, attack: str | None = None) -> np.ndarray:
-    """(K, K) counts: row = true class, column = prediction."""
-    k = len(outcomes.class_names)
+    """(K, K) counts: row = true class, column = prediction; (K, K + M) for a model with M other outputs."""
+    k, m = len(outcomes.class_names), len(outcomes.outputs)
     predicted = outcomes.predictions[attack or last_attack(outcomes)]
-    return np.bincount(outcomes.labels * k + predicted, minlength=k * k).reshape(k, k)
+    return np.bincount(outcomes.labels * m + predicted, minlength=k * m).reshape(k, m)
 
 
 def mantel(a: np.ndarray, b: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> pd.Series:
@@ -140,7 +140,9 @@ def _listed(outcomes: Outcomes | Sequence[Outcomes]) -> list[Outcomes]:
 def view(outcomes: Outcomes | Sequence[Outcomes], attack: str) -> list[Outcomes]:
     """The same outcomes with this attack as their last one, named "view": to compare one attack with another."""
     return [
-        Outcomes(o.labels, {"clean": o.predictions["clean"], "view": o.predictions[attack]}, o.class_names)
+        Outcomes(
+            o.labels, {"clean": o.predictions["clean"], "view": o.predictions[attack]}, o.class_names, others=o.others
+        )
         for o in _listed(outcomes)
     ]
 
@@ -148,7 +150,7 @@ def view(outcomes: Outcomes | Sequence[Outcomes], attack: str) -> list[Outcomes]
 def only(outcomes: Outcomes, names: Sequence[str]) -> Outcomes:
     """The images of these classes; predictions of others become the class after the own one, which is wrong, too."""
     number = {outcomes.class_names.index(name): i for i, name in enumerate(names)}
-    to = np.array([number.get(c, -1) for c in range(len(outcomes.class_names))])
+    to = np.array([number.get(c, -1) for c in range(len(outcomes.outputs))])
     rows = to[outcomes.labels] >= 0
     labels = to[outcomes.labels[rows]]
     predictions = {k: to[v[rows]] for k, v in outcomes.predictions.items()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -135,6 +136,17 @@ class Order(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return z[:, self.index]
+
+
+class Scores(nn.Module):
+    """Any function of images, (n, C, H, W) float32 in [0, 1] as a NumPy array, to (n, K) scores."""
+
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(np.asarray(self.function(x.detach().cpu().numpy())), dtype=x.dtype, device=x.device)
 
 
 class Program(nn.Module):

@@ -39,6 +39,7 @@ def number(value: float) -> float | None:
 
 
 def interval(row) -> dict:
+    """value, low and high of a row, as numbers of JSON."""
     return {k: number(row[k]) for k in ("value", "low", "high")}
 
 
@@ -114,6 +115,7 @@ def rows(table: pd.DataFrame) -> list[dict]:
 
 
 def percent(cell: dict, bound: bool = False) -> str:
+    """A share of the answer in per cent, with its interval; bound: it may still fall."""
     if bound:
         return f"at most {100 * cell['value']:.1f} %"
     return f"{100 * cell['value']:.1f} % [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"

@@ -23,6 +23,8 @@ from cfol_nb.evaluate import evaluate
 from cfol_nb.files import Corrupt, bar, read_tensors, write_tensors
 from cfol_nb.outcomes import COLUMNS, Outcomes
 
+VALUES = 50  # of an attribute, at most
+
 
 def _takes_three(model: nn.Module, image: Tensor) -> bool:
     """Whether the model says that it takes three channels: by its first convolution, or by refusing this grey image."""
@@ -42,9 +44,9 @@ def _takes_three(model: nn.Module, image: Tensor) -> bool:
 
 
 def _checked(
-    model: nn.Module, images: Tensor, labels: Tensor, class_names: Sequence[str] | None, batch_size: int
+    model: nn.Module, images: Tensor, labels: Tensor, class_names: Sequence[str] | None, batch_size: int, only: bool
 ) -> tuple[tuple[str, ...], Tensor]:
-    """Class names and clean predictions, after everything that can be refused without an attack."""
+    """Names of the outputs and clean predictions, after everything that can be refused without an attack."""
     try:
         clean, k = predict(model, images, labels, class_names=class_names, batch_size=batch_size)
         with evaluating(model), torch.enable_grad():
@@ -59,7 +61,10 @@ def _checked(
     names = tuple(map(str, class_names if class_names is not None else range(k)))
     if len(set(names)) < k:
         raise ValueError(f"two classes have the same name: {', '.join(names)}")
-    missing = [n for n, m in zip(names, torch.bincount(labels.cpu(), minlength=k).tolist(), strict=True) if not m]
+    there = torch.bincount(labels.cpu(), minlength=k) > 0
+    missing = [n for n, m in zip(names, there.tolist(), strict=True) if not m]
+    if only and there[: k - len(missing)].all():
+        missing = missing if len(missing) == k - 1 else []
     if len(missing) == k - 1:
         raise ValueError("the images are all of a single class: there is nothing to compare")
     if missing:
@@ -149,6 +154,47 @@ def _corrupted(
     return out
 
 
+def _admitted(attributes: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The attributes of n images as text. Raises ValueError where they are no groups of images."""
+    if len(attributes) != n or not attributes.shape[1]:
+        raise ValueError(f"{len(attributes)} rows of {attributes.shape[1]} attributes, but {n} images")
+    attributes = attributes.fillna("(none)").astype(str)
+    for name, values in attributes.items():
+        if not 2 <= (found := values.nunique()) <= VALUES:
+            what = f"{found} different values, for example {values.iloc[0]!r}"
+            raise ValueError(f"attribute {name!r} has {what}: 2 to {VALUES} make groups of images to compare")
+    return attributes
+
+
+def read_attributes(path: Path, files: Sequence[str]) -> pd.DataFrame:
+    """One row per image in this order, from a .csv or .parquet with a column `image`, the file of an image as in
+    `files`, and one for each attribute. Rows of other images are left out. Raises ValueError, with the file, for what
+    does not fit."""
+    if not (path := Path(path)).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if not files:
+        raise ValueError(f"{path}: the images have no names here: attributes need a folder of them (imagefolder:PATH)")
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        elif path.suffix == ".csv":
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+        else:
+            raise ValueError("a .csv or .parquet is needed")
+    except ImportError as error:
+        raise ValueError(f"{path}: Parquet needs pyarrow (pip install pyarrow); or save the table as .csv") from error
+    except ValueError as error:  # of pandas and pyarrow, too
+        raise ValueError(f"{path}: {error}") from error
+    if "image" not in table:
+        raise ValueError(f"{path} has no column 'image', with files such as {files[0]!r}")
+    table = table.astype({"image": str}).set_index("image")
+    if table.index.has_duplicates:
+        raise ValueError(f"{path} has two rows for {table.index[table.index.duplicated()][0]!r}")
+    if lost := [file for file in files if file not in table.index]:
+        raise ValueError(f"{path} has no row for {len(lost)} of {len(files)} images, for example {lost[0]!r}")
+    return table.loc[list(files)].reset_index(drop=True)
+
+
 def audit(
     model: nn.Module,
     images: Tensor,
@@ -171,6 +217,7 @@ def audit(
     attributes: pd.DataFrame | None = None,
     corruptions: Sequence[str] = (),
     keep_images: bool = False,
+    only: bool = False,
 ) -> Audit:
     """How robust is each class of this model, how sure is that, and what attacks it?
 
@@ -190,6 +237,7 @@ def audit(
     values, and by class and value, accuracies are stated, too. corruptions: names of `corruptions.CORRUPTIONS`, judged
     at severities 1 to 5 without an attack. keep_images: AutoAttack's images are kept in folder/images as
     adversarial-*.npy, (N, C, H, W) float32; the image itself where none was found.
+    only: outputs after those of the classes, which no image is of, are allowed: they compete.
     Everything that can be refused is refused before the first attack: ValueError, FloatingPointError.
     """
     start, labels, images = time.monotonic(), as_labels(labels), admit(model, images)
@@ -206,12 +254,12 @@ def audit(
     eps = spec.eps
     if keep_images and folder is None:
         raise ValueError("keep_images=True: a folder is needed to keep them in")
-    if attributes is not None and (len(attributes) != len(labels) or not attributes.shape[1]):
-        rows, columns = attributes.shape
-        raise ValueError(f"{rows} rows of {columns} attributes for {len(labels)} images: one row per image is needed")
+    if attributes is not None:
+        attributes = _admitted(attributes, len(labels))
     for each in corruptions:
         corrupt(as_float(images[:1], torch.float32, "cpu"), each, 1)
-    names, clean = _checked(model, images, labels, class_names, batch_size)
+    outputs, clean = _checked(model, images, labels, class_names, batch_size, only)
+    names = outputs[: int(labels.max()) + 1]
     each_pass = (time.monotonic() - start) / len(labels)
     # what comes last, the gallery, takes some 60 passes of each image
     deadline = math.inf if minutes is None else start + 60 * minutes - min(60 * show * each_pass, 30 * minutes)
@@ -313,7 +361,8 @@ def audit(
         note += f" PGD-20 came to {(~fresh).sum()} of {len(fresh)} images; the others count as withstanding it."
     first, right = first.numpy().astype(float), (clean == labels).numpy()
     first[fresh] = np.where(right, np.inf, 0)[fresh]
-    outcomes = Outcomes(labels.numpy(), {"clean": clean.numpy()}, names, {}, images=files)
+    others = outputs[len(names) :]
+    outcomes = Outcomes(labels.numpy(), {"clean": clean.numpy()}, names, {}, images=files, others=others)
     for each, values in corrupted.items():
         corruption, severity = each.split(" ")
         outcomes.add(each, values, {"corruption": corruption, "severity": int(severity)})
@@ -334,6 +383,8 @@ def audit(
     settings["unfinished"] = int(open_.sum())
     if open_.any():
         note += f" {open_.sum()} images are not fully attacked, and count as withstanding."
+    if others:
+        note += f" {len(others)} other outputs of the model, which no image is of, compete."
     if widened:
         note += " The images are grey: the model was given each as three equal channels, attacked on their own."
     shown = _gallery(model, images, labels, first, eps, norm, show)

@@ -11,7 +11,7 @@ import runpy
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.backends import cudnn
 
 from cfol_nb import data
-from cfol_nb.audit.adapt import INTERPOLATIONS, Logits, Program, Transform
+from cfol_nb.audit.adapt import INTERPOLATIONS, Logits, Order, Program, Scores, Transform
 from cfol_nb.audit.program import load_exported
 from cfol_nb.audit.weights import kind, put, read_state
 from cfol_nb.config import choose
@@ -63,6 +63,12 @@ def unseen(source: str, dataset: str, image_size: int | None = None) -> ImageSet
     if same:
         same_images(dataset, kept)
     return data.leave_out(test, own.without if same else ())
+
+
+def middle(images: ImageSet, side: int) -> ImageSet:
+    """The middle of each image, side x side pixels of those that are larger."""
+    top, left = (max(n - side, 0) // 2 for n in images.images.shape[-2:])
+    return replace(images, images=images.images[..., top : top + side, left : left + side].contiguous())
 
 
 _SETTINGS = (  # of the process, that code of others may change: how to read each, and to set it
@@ -112,7 +118,6 @@ def _undisturbed() -> Iterator[None]:
 
 # -- models ------------------------------------------------------------------------------------------------------------
 
-IDENTITY = Transform()
 IMAGENET = Transform((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # of Pillow
 FORMS = (
@@ -123,15 +128,25 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model of others, in eval mode; the names of its outputs, where it knows them; what was understood, in words."""
+    """A model of others in eval mode, what lies before it, the names of its outputs, where it knows them, and what was
+    done to its weights, in words."""
 
-    model: nn.Module
+    body: nn.Module
+    transform: Transform
     names: tuple[str, ...] = ()
     said: tuple[str, ...] = ()
-    transform: Transform = IDENTITY
+
+    @property
+    def model(self) -> nn.Module:
+        """Images in [0, 1] to logits."""
+        return nn.Sequential(*self.transform.steps(), self.body, Logits()).eval()
+
+    def ordered(self, order: Sequence[int]) -> nn.Module:
+        """The model with its outputs in this order."""
+        return self.model if list(order) == list(range(len(order))) else self.model.append(Order(order))
 
 
-def _library(name: str, extra: str):
+def needed(name: str, extra: str):
     """An optional library. Raises ValueError that names the extra if it is not installed."""
     try:
         return importlib.import_module(name)
@@ -143,7 +158,7 @@ def _reason(error: Exception) -> str:
     return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:500])))
 
 
-def _of_code(source: str) -> nn.Module:
+def _of_code(source: str, black_box: bool = False) -> nn.Module:
     path, _, function = source.rpartition(":")
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -158,6 +173,8 @@ def _of_code(source: str) -> nn.Module:
         sys.path.remove(beside)
     if not callable(found.get(function)):
         raise ValueError(f"{path} defines no function {function!r}")
+    if black_box and callable(model) and not isinstance(model, nn.Module):
+        return Scores(model)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{source} returns a {type(model).__name__}: a torch.nn.Module is needed")
     return model
@@ -168,7 +185,7 @@ def _program(path: Path) -> nn.Module:
     if path.suffix == ".onnx":
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
-        read = lambda: _library("onnx2torch", "onnx").convert(str(path))  # noqa: E731
+        read = lambda: needed("onnx2torch", "onnx").convert(str(path))  # noqa: E731
     elif (what := kind(path)) == "script":
         read = lambda: torch.jit.load(path, map_location="cpu")  # noqa: E731
     elif what == "exported":
@@ -196,10 +213,10 @@ def _outputs(body: nn.Module, state: Mapping[str, Tensor], asked: int) -> int:
 
 def _of_zoo(
     source: str, weights: Path | None, num_classes: int, channels: int, random_weights: bool
-) -> tuple[nn.Module, Transform, tuple[str, ...], list[str]]:
-    """torchvision:NAME or timm:NAME: network, transform, names of outputs, what was done to the weights."""
+) -> tuple[nn.Module, tuple[str, ...], list[str]]:
+    """torchvision:NAME or timm:NAME: network, names of outputs, what was done to the weights."""
     zoo, _, name = source.partition(":")
-    library = _library(zoo, zoo)
+    library = needed(zoo, zoo)
     models = library.models if zoo == "torchvision" else library
     name = choose(f"model of {zoo}", name, models.list_models(models) if zoo == "torchvision" else models.list_models())
     if channels not in (1, 3):  # `audit` gives grey images three
@@ -213,7 +230,7 @@ def _of_zoo(
         more = {"init_weights": False} if name in ("googlenet", "inception_v3") and weights else {}
         return library.models.get_model(name, weights=None, num_classes=k, **more)
 
-    body, said, names, transform = make(num_classes), [], (), IMAGENET
+    body, said, names = make(num_classes), [], ()
     if weights:
         state, where = read_state(weights)
         if (k := _outputs(body, state, num_classes)) != num_classes:
@@ -221,17 +238,14 @@ def _of_zoo(
         said = put(body, state, where, weights)
         if k == 1000 and zoo == "torchvision":
             names = tuple(library.models.get_model_weights(name).DEFAULT.meta["categories"])
-    if zoo == "timm":
-        own = library.get_pretrained_cfg(name)
-        transform = _of_timm(own.to_dict() if own else {})
-    return body, transform, names, said
+    return body, names, said
 
 
-def _of_hub(name: str, weights: Path | None) -> tuple[nn.Module, Transform, tuple[str, ...], list[str]]:
-    """A folder or a repository in the local cache, of transformers or of timm: as `_of_zoo`."""
+def _hub(name: str) -> tuple[Path, dict]:
+    """The folder of a model, given or in the local cache, and its config.json."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        hub = _library("huggingface_hub", "hf")
+        hub = needed("huggingface_hub", "hf")
         try:
             folder = Path(hub.snapshot_download(name, local_files_only=True))
         except Exception as error:  # of several kinds, one for each way in which it is not there
@@ -239,45 +253,62 @@ def _of_hub(name: str, weights: Path | None) -> tuple[nn.Module, Transform, tupl
                 f"hf:{name} is neither a folder nor in the local cache: fetch it with `hf download {name}`"
             ) from error
     try:
-        config = json.loads((folder / "config.json").read_text())
+        return folder, json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read ({error}): a model's folder is needed") from error
+
+
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
+def own_transform(source: str) -> Transform:
+    """What a model of timm or of the Hugging Face hub says of its images; empty for others."""
+    form, _, name = source.partition(":")
+    if form == "timm":
+        timm = needed("timm", "timm")
+        own = timm.get_pretrained_cfg(choose("model of timm", name, timm.list_models()))
+        return _of_timm(own.to_dict() if own else {})
+    if form != "hf":
+        return IMAGENET if form == "torchvision" else Transform()
+    folder, config = _hub(name)
+    if "architecture" in config:
+        return _of_timm(config.get("pretrained_cfg", {}))
+    if not (folder / "preprocessor_config.json").is_file():
+        return Transform()
+    return _of_processor(needed("transformers", "hf").AutoImageProcessor.from_pretrained(folder, **_LOCAL).to_dict())
+
+
+def _of_hub(name: str, weights: Path | None) -> tuple[nn.Module, tuple[str, ...], list[str]]:
+    """As `_of_zoo`, of transformers or of timm."""
+    folder, config = _hub(name)
     path = weights or folder / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"{folder} holds no model.safetensors: fetch it whole, or give a file of weights (--weights)")
-    said: list[str] = []
     if "architecture" in config:
-        timm, own = _library("timm", "timm"), config.get("pretrained_cfg", {})
+        timm, own = needed("timm", "timm"), config.get("pretrained_cfg", {})
         make = choose("model of timm", config["architecture"], timm.list_models())
         k = config.get("num_classes") or own.get("num_classes")
         body = timm.create_model(make, **{**config.get("model_args", {}), "num_classes": k})
-        said += put(body, *read_state(path), path)
-        names, transform = config.get("label_names") or own.get("label_names") or (), _of_timm(own)
-    else:
-        transformers = _library("transformers", "hf")
-        local = {"local_files_only": True, "trust_remote_code": False}
-        make = transformers.AutoModelForImageClassification
-        try:
-            own = transformers.AutoConfig.from_pretrained(folder, **local)
-            if weights:
-                body = make.from_config(own, dtype=torch.float32)
-            else:  # which knows the names that tensors had in earlier versions
-                more = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-                body, info = make.from_pretrained(folder, config=own, **more, **local)
-        except Exception as error:  # whatever a config may be
-            raise ValueError(f"{folder} is no image classifier of transformers: {_reason(error)}") from error
+        names = config.get("label_names") or own.get("label_names") or ()
+        return body, tuple(names), put(body, *read_state(path), path)
+    make, said = needed("transformers", "hf").AutoModelForImageClassification, []
+    try:
+        own = needed("transformers", "hf").AutoConfig.from_pretrained(folder, **_LOCAL)
         if weights:
-            said += put(body, *read_state(path), path)
-        elif lost := [f"{len(v)} {k.replace('_', ' ')}, for example {min(map(str, v))}" for k, v in info.items() if v]:
-            raise ValueError(f"the weights do not fit: {path} has {lost[0]}: are they of this model?")
-        names = [own.id2label[i] for i in range(own.num_labels)]
-        names = () if names == [f"LABEL_{i}" for i in range(len(names))] else names
-        transform = Transform()
-        if (folder / "preprocessor_config.json").is_file():
-            transform = _of_processor(transformers.AutoImageProcessor.from_pretrained(folder, **local).to_dict())
-        else:
-            said.append("no preprocessor_config.json: no normalisation unless --mean and --std are given")
-    return body, transform, tuple(names), said
+            body = make.from_config(own, dtype=torch.float32)
+        else:  # which knows the names that tensors had in earlier versions
+            more = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+            body, info = make.from_pretrained(folder, config=own, **more, **_LOCAL)
+    except Exception as error:  # whatever a config may be
+        raise ValueError(f"{folder} is no image classifier of transformers: {_reason(error)}") from error
+    if weights:
+        said = put(body, *read_state(path), path)
+    elif lost := [f"{len(v)} {k.replace('_', ' ')}, for example {min(map(str, v))}" for k, v in info.items() if v]:
+        raise ValueError(f"the weights do not fit: {path} has {lost[0]}: are they of this model?")
+    if not (folder / "preprocessor_config.json").is_file():
+        said.append("no preprocessor_config.json: no normalisation unless --mean and --std are given")
+    names = [own.id2label[i] for i in range(own.num_labels)]
+    return body, () if names == [f"LABEL_{i}" for i in range(len(names))] else tuple(names), said
 
 
 def _of_processor(own: Mapping) -> Transform:
@@ -332,7 +363,8 @@ def load(
     channels: int = 3,
     *,
     random_weights: bool = False,
-    **preprocessing,
+    preprocessing: Mapping[str, object] | None = None,
+    black_box: bool = False,
 ) -> Loaded:
     """A model that maps images in [0, 1] to logits.
 
@@ -341,15 +373,16 @@ def load(
     "hf:FOLDER", or "hf:OWNER/NAME" of the local cache (transformers or timm); "run:NAME" (or "run:NAME:selected"), a
     stored or published run or its folder.
     weights: a file of the module's state (`weights.load_weights`). channels: of the images. preprocessing: fields of
-    `Transform`, which win over the model's own. random_weights: torchvision's and timm's networks need no weights.
+    `Transform`, which win over the model's own; None in them is nothing. random_weights: torchvision's and timm's
+    networks need no weights. black_box: the function may return any function of NumPy arrays (`adapt.Scores`).
     Raises ValueError or FileNotFoundError, with what does not fit, for anything that cannot be loaded.
     """
     form, _, rest = source.partition(":")
-    transform, names, said, file = Transform(), (), [], Path(source)
+    names, said, file = (), [], Path(source)
     if form in ("torchvision", "timm"):
-        body, transform, names, said = _of_zoo(source, weights, num_classes, channels, random_weights)
+        body, names, said = _of_zoo(source, weights, num_classes, channels, random_weights)
     elif form == "hf":
-        body, transform, names, said = _of_hub(rest, weights)
+        body, names, said = _of_hub(rest, weights)
     elif form == "run" or file.suffix in (".pt", ".pt2", ".pth", ".ts", ".torchscript", ".onnx"):
         if weights:
             raise ValueError(f"{source} has its own weights: leave out the weights file")
@@ -357,17 +390,15 @@ def load(
         if form == "run":
             body = body[0].model(body[1])
     elif source.rpartition(":")[0].endswith(".py"):
-        body = _of_code(source)
+        body = _of_code(source, black_box)
         said = put(body, *read_state(weights), weights) if weights else []
     else:
         raise ValueError(f"model {source!r}: {FORMS} is needed")
-    transform = replace(transform, **{k: v for k, v in preprocessing.items() if v is not None})
-    steps = transform.steps()
-    more = [Logits()] if form == "hf" else []
-    model = nn.Sequential(*steps, body, *more) if steps or more else body
-    return Loaded(model.eval(), names, tuple(said), transform)
+    transform = replace(own_transform(source), **{k: v for k, v in (preprocessing or {}).items() if v is not None})
+    return Loaded(body.eval(), transform, names, tuple(said))
 
 
 def load_model(source: str, weights: Path | None, num_classes: int, channels: int) -> nn.Module:
     """The model of `load` alone; torchvision's and timm's may do without weights."""
-    return load(source, weights, num_classes, channels, random_weights=True).model
+    loaded = load(source, weights, num_classes, channels, random_weights=True)
+    return loaded.model if loaded.transform.steps() else loaded.body

@@ -38,7 +38,8 @@ def picture(title: str, figure: plots.Figure) -> str:
 
 def table(title: str, frame: pd.DataFrame, index: bool = False) -> str:
     """A table under its title, its cells escaped."""
-    return f"<h2>{title}</h2><div class=w>{frame.to_html(index=index, border=0, classes='t')}</div>"
+    with pd.option_context("display.max_colwidth", None):  # no cell is cut
+        return f"<h2>{title}</h2><div class=w>{frame.to_html(index=index, border=0, classes='t')}</div>"
 
 
 def write(path: Path, title: str, body: Sequence[str]) -> Path:

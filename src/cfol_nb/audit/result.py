@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +106,7 @@ class Audit:
         share = c / np.maximum(c.sum(1, keepdims=True), 1)
         np.fill_diagonal(c, 0)
         rows, columns = np.unravel_index(np.argsort(-c, axis=None, kind="stable")[:top], c.shape)
-        names = np.array(self.outcomes.class_names)
+        names = np.array(self.outcomes.outputs)
         found = pd.DataFrame(
             {
                 "class": names[rows],
@@ -182,19 +183,19 @@ class Audit:
 
     def first_to_fall(self) -> plots.Figure:
         """The gallery as a figure."""
-        (x, x_adv, index, predicted), names = self.gallery, self.outcomes.class_names
+        (x, x_adv, index, predicted), names = self.gallery, self.outcomes.outputs
         labels = [names[i] for i in self.outcomes.labels[index]]
         return plots.gallery(x, x_adv, labels, [names[i] for i in predicted], self.first[index])
 
     def wrong_as_they_are(self) -> plots.Figure:
         """Some images that are wrong without an attack, and what they are taken for."""
-        (x, index), names = self.mistaken, self.outcomes.class_names
+        (x, index), names = self.mistaken, self.outcomes.outputs
         labels, predicted = self.outcomes.labels[index], self.outcomes.predictions["clean"][index]
         return plots.images(x, [names[i] for i in labels], [names[i] for i in predicted])
 
-    def html(self, path: Path) -> Path:
+    def html(self, path: Path, made: Mapping[str, str] | None = None) -> Path:
         """One page that needs nothing else and can be sent to somebody. Of more than `page.MANY` classes, all but the
-        first table shows the weakest."""
+        first table shows the weakest. made: how another person can repeat it (`show.made`)."""
         a, names, bound = self.answer, self.outcomes.class_names, bool(self.open.any())
         order = [row["class"] for row in a["classes"]][: page.MANY]
         few = self.outcomes if len(order) == len(names) else stats.only(self.outcomes, order)
@@ -227,13 +228,16 @@ class Audit:
             add(html.escape(title + more), own.head(page.MANY))
         add("Under corruptions, mean over severities 1 to 5: per cent [95 % interval]", show.corruptions(a))
         title = f"What the attack turns a class into{of_all}"
-        body.append(page.picture(title, plots.confusion(stats.confusion(few), few.class_names)))
+        body.append(
+            page.picture(title, plots.confusion(stats.confusion(few)[:, : len(few.class_names)], few.class_names))
+        )
         add("The pairs that the attack uses most", confused)
         add(f"Which attack broke how many images{of_all}", self.broken_by().loc[order], True)
         add("Can these numbers be trusted?", self.checks)
-        body.append(
-            page.table("AutoAttack as it was run", pd.DataFrame(self.spec.items())).replace("<thead>", "<thead hidden>")
-        )
+        for title, values in (("AutoAttack as it was run", self.spec), ("To repeat it", made or {})):
+            if values:
+                table = page.table(title, pd.DataFrame([(k, str(v)) for k, v in values.items()]))
+                body.append(table.replace("<thead>", "<thead hidden>"))
         body.append(f"<p>{len(self.outcomes.labels)} images, {self.seconds:.0f} s. Made with cfol-nb.</p>")
         return page.write(path, self.name, body)
 

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
+import platform
+import shlex
+import sys
 import textwrap
+from datetime import datetime
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import torch
 
 from cfol_nb.audit.answer import as_radius, of_255
 
-WIDTH, ROWS, FORMATS = 80, 20, ("json", "csv", "latex")
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from cfol_nb.audit.result import Audit
+
+WIDTH, ROWS = 80, 20  # of a terminal
 
 
 def wrapped(text: str) -> str:
+    """Text in lines that fit the terminal."""
     return textwrap.fill(text, WIDTH, break_on_hyphens=False)
 
 
@@ -46,6 +60,7 @@ def classes(a: dict) -> pd.DataFrame:
 
 
 def radii_title(a: dict) -> str:
+    """What stands above the table `by_radius`."""
     unit = " (radii in 255ths)" * of_255(a["eps"])
     return f"Radius at which half has fallen [95 % interval], and per cent left at some radii{unit}"
 
@@ -68,6 +83,7 @@ def by_radius(a: dict, most: int = 6) -> pd.DataFrame:
 
 
 def slices(a: dict, by: str) -> pd.DataFrame:
+    """One row per group of images, of those that were grouped by `by`."""
     rows = [r for r in a["slices"] if r["by"] == by]
     shown = [(r["group"], r["n"], f"{100 * r['clean']:.1f}", cell(r)) for r in rows]
     there = a["telling_radius"]
@@ -76,6 +92,8 @@ def slices(a: dict, by: str) -> pd.DataFrame:
 
 
 def corruptions(a: dict) -> pd.DataFrame:
+    """One row per corruption: mean, worst class, and which it is."""
+
     def both(r: dict) -> list[str]:
         return [cell({"value": r[k], "low": r[f"{k}_low"], "high": r[f"{k}_high"]}) for k in ("mean", "worst")]
 
@@ -83,9 +101,10 @@ def corruptions(a: dict) -> pd.DataFrame:
     return pd.DataFrame(shown, columns=["corruption", "mean", "worst class", "which"])
 
 
-def text(a: dict, broken_by: pd.DataFrame) -> str:
+def text(found: Audit) -> str:
     """An audit's answer for a terminal."""
-    broken_by = broken_by.loc[[row["class"] for row in a["classes"]]]
+    a = found.answer
+    broken_by = found.broken_by().loc[[row["class"] for row in a["classes"]]]
     parts = [
         table(classes(a), "Per cent [95 % interval], weakest first"),
         table(by_radius(a), radii_title(a)),
@@ -113,3 +132,38 @@ def rendered(form: str, a: dict) -> str:
 
     frame = pd.DataFrame([{k.replace("_", " "): shown(k, v) for k, v in row.items()} for row in a["classes"]])
     return frame.to_latex(index=False, escape=True).rstrip("\n")
+
+
+def status(a: dict, fail_below: float | None) -> tuple[int, str]:
+    """The exit status for an audit's answer, and why: 4 if a check of its numbers failed; else 3 if the worst class may
+    lie below this accuracy, by its 95 % interval, or if all unfinished images fall; else 0."""
+    if failed := [row["check"] for row in a["checks"] if row["verdict"] == "fail"]:
+        return 4, f"exit status 4: {', '.join(failed)}: these checks of the numbers failed"
+    low = a["accuracy"]["autoattack"]["worst"]["low"]
+    if any(row["unfinished"] for row in a["classes"]):
+        low = min(low, *(row["autoattack"]["low"] for row in a["classes"]))
+    if fail_below is not None and low < fail_below:
+        return 3, f"exit status 3: the worst class may lie at {low:.4g}, below {fail_below:g}"
+    return 0, ""
+
+
+def made(model: nn.Module, *data: Tensor, **more: str) -> dict[str, str]:
+    """When, by which command and of what an audit was made, so that another person can repeat it. The hashes are
+    SHA-256, 16 hexadecimal digits, of the bytes of the model's state, and of the data, one after the other."""
+
+    def digest(tensors) -> str:
+        h = hashlib.sha256()
+        for t in tensors:
+            raw = isinstance(t, torch.Tensor)
+            h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if raw else repr(t).encode())
+        return h.hexdigest()[:16]
+
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("cfol-nb", "torch", "numpy"))
+    return {
+        "command": shlex.join(["cfol-nb", *sys.argv[1:]]),
+        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
+        **more,
+        "versions": f"{versions}, Python {platform.python_version()}",
+        "weights": digest(model.state_dict().values()),
+        "images and labels": digest(data),
+    }
