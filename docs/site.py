@@ -28,7 +28,9 @@ def _table(columns: list[str], rows: list[tuple[str, ...]]) -> str:
 
 
 def _linked(text: str) -> str:
-    """Links of a page in the repository as they are in the site; what the site does not hold is its name alone."""
+    """A page of the repository as the site has it: links to its pages, and where it has none the name alone; a list
+    begins after an empty line."""
+    text = re.sub(r"^(?!- |  |\s*$).*\n(?=- )", r"\g<0>\n", text, flags=re.M)
     text = re.sub(r"\]\((?:\.\./)?notebooks/(\w+)\.ipynb\)", r"](notebooks/\1.md)", text)
     text = re.sub(r"\]\((?:\.\./)?(CONTRIBUTING|CHANGELOG)\.md", lambda m: f"]({m[1].lower()}.md", text)
     text = re.sub(r"\]\((?:\.\./)?README\.md", "](index.md", text)
