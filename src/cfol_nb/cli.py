@@ -552,6 +552,8 @@ def _audit(say, start: float, given: dict) -> int:
         raise ValueError("device=cuda: there is no CUDA device here")
     if isinstance(radius := parse(given["eps"]), bool) or not isinstance(radius, int | float):
         raise ValueError(f"eps={given['eps']}: a number is needed, such as 8/255")
+    if given["black_box"] and given["form"]:
+        raise ValueError(f"--black-box prints text alone: leave out --{given['form']}")
     if not radius > 0:
         raise ValueError(f"eps={given['eps']}: a radius above 0 is needed")
     preprocessing = {k: _numbers(k, given[k]) for k in ("mean", "std")}
@@ -592,6 +594,7 @@ def _audit(say, start: float, given: dict) -> int:
     tell(f"images: {shape}; preprocessing in the model: {loaded.transform}")
     said = f"weights: {'; '.join(loaded.said)}\n" if loaded.said else ""
     tell(f"{said}outputs: {len(outputs)}; class order: {how}")
+    how_made = {"seed": str(given["seed"]), "preprocessing": str(loaded.transform), "class order": how}
     clean, wrong = a.first_look(loaded, order, images.images, images.labels, outputs)
     if wrong and not random:
         raise ValueError(wrong)
@@ -640,7 +643,9 @@ def _audit(say, start: float, given: dict) -> int:
     found.outcomes.save(folder / "outcomes.safetensors")
     if given["images"]:
         found.images().to_csv(folder / "images" / "images.csv", index=False)
-    page = found.html(folder / "audit.html", show.made(net, images.images, images.labels, radius=given["eps"]))
+    page = found.html(
+        folder / "audit.html", show.made(net, images.images, images.labels, radius=given["eps"], **how_made)
+    )
     form = given["form"]
     say("print", show.rendered(form, found.answer) if form else f"{show.text(found)}\n\n{page}")
     status, why = show.status(found.answer, given["fail_below"])
