@@ -633,11 +633,15 @@ def audit_of_code(tmp_path, monkeypatch):
     return call
 
 
-def test_the_command_says_what_it_understood(audit_of_code):
+def test_the_command_says_what_it_understood(audit_of_code, tmp_path):
     lines = audit_of_code(model="net.py:make", mean="0.5", std="1", seed=1).splitlines()
     assert lines[1] == "images: 1 x 8 x 8; preprocessing in the model: minus mean (0.5), by std (1)"
     assert lines[2] == "outputs: 10; class order: taken to be the model's order"
     assert re.fullmatch(r"clean accuracy: \d+\.\d % \[.*\] of 40 images", lines[3])
+    page = (tmp_path / "out/audit.html").read_text()
+    assert all(
+        text in page for text in ("2/255", "minus mean (0.5), by std (1)", "taken to be the model", "To repeat it")
+    )
 
 
 @pytest.mark.parametrize(
@@ -650,6 +654,7 @@ def test_the_command_says_what_it_understood(audit_of_code):
         ({"weights": Path("net.py")}, "holds no weights"),
         ({"mean": "0.5", "std": "0.001", "scale": 1e-6}, "no more than chance .*is the class order right"),
         ({"model": "torchvision:resnet18"}, "say --random-weights"),
+        ({"black_box": True, "form": "json"}, "leave out --json"),
     ],
 )
 def test_the_command_refuses(audit_of_code, more, says):

@@ -45,6 +45,7 @@ def _narrow(table, **how) -> str:
 
 
 _PRESET = "Settings by name: fast (N-FGSM, 30 epochs, averaged weights, bfloat16); -s wins."
+_EXECUTOR = "Where runs are computed: ray or ray:ADDRESS, slurm; options as in ray:auto?cpus=4&gpus=0.5."
 _NESTED = "model", "method", "objective", "schedule", "imbalance", "ensembling", "remake", "training_attack"
 
 
@@ -152,6 +153,7 @@ def train(
         ),
     ] = [],  # noqa: B006
     recompute: Annotated[bool, typer.Option("--recompute", help="Compute stored runs anew, too.")] = False,
+    executor: Annotated[str | None, typer.Option(help=_EXECUTOR)] = None,
 ) -> None:
     """Train (or load) runs; print the class-wise table of the last weights, and the summary of all kinds of weights.
 
@@ -159,12 +161,17 @@ def train(
     """
     from cfol_nb.checks import said
     from cfol_nb.config import RunConfig
+    from cfol_nb.distributed import launched, rank
     from cfol_nb.runs import compute
     from cfol_nb.stats import class_table, headline, last_attack, weakest
 
-    values = _settings(dataset, settings, preset, method=method, objective=objective)
+    shared = {"devices": launched()} if launched() > 1 else {}
+    values = _settings(dataset, settings, preset, method=method, objective=objective, **shared)
     first = RunConfig(**values).seed
-    runs = compute([RunConfig(**values | {"seed": first + s}) for s in range(seeds)], recompute=recompute)
+    configs = [RunConfig(**values | {"seed": first + s}) for s in range(seeds)]
+    runs = compute(configs, executor, recompute=recompute)
+    if rank():
+        return  # the first process of a run on several says it
     outcomes = {f"{method} {objective} {w}": [r.outcomes[w] for r in runs] for w in runs[0].outcomes}
     for r in runs:
         made, attack = r.provenance, last_attack(r.outcomes["last"])
@@ -204,6 +211,7 @@ def suite(
         list[str], typer.Option("-s", "--set", metavar="NAME=VALUE", help="Any setting of RunConfig, as for train.")
     ] = [],  # noqa: B006
     recompute: Annotated[bool, typer.Option("--recompute", help="Compute stored runs anew, too.")] = False,
+    executor: Annotated[str | None, typer.Option(help=_EXECUTOR)] = None,
 ) -> None:
     """Train and evaluate method after method inside a time limit; one JSON per run.
 
@@ -223,7 +231,7 @@ def suite(
     if fixed := sorted({"method", "objective", "seed", "seeds"} & set(values)):
         raise ValueError(f"the suite sets {fixed[0]} itself: use --methods and --seeds")
     configs = s.configurations(methods=names, seeds=seeds, **values)
-    done = list(s.suite(configs, minutes, results, typer.echo, recompute=recompute))
+    done = list(s.suite(configs, minutes, results, typer.echo, recompute=recompute, executor=executor))
     groups: dict[str, list] = {}
     for run in done:
         for which, outcomes in run.outcomes.items():
@@ -253,6 +261,7 @@ def publish(
     weights: Annotated[
         bool, typer.Option("--weights", help="The last weights, too, in half precision: at most 1.5 MB.")
     ] = False,
+    executor: Annotated[str | None, typer.Option(help=_EXECUTOR)] = None,
 ) -> None:
     """Write stored runs to results/, one small JSON each: configuration, provenance, counts and predictions.
 
@@ -284,7 +293,7 @@ def publish(
                     typer.echo(f"{run.folder.name}: was judged by the standard version, which is kept")
                 else:
                     alike.append(run)
-            judge(alike, {"autoattack": options})
+            judge(alike, {"autoattack": options}, executor=executor)
     for run in runs:
         if survivors:
             typer.echo(f"{run.folder.name}: {s.attack_survivors(run, survivors)}")
@@ -552,6 +561,8 @@ def _audit(say, start: float, given: dict) -> int:
         raise ValueError("device=cuda: there is no CUDA device here")
     if isinstance(radius := parse(given["eps"]), bool) or not isinstance(radius, int | float):
         raise ValueError(f"eps={given['eps']}: a number is needed, such as 8/255")
+    if given["black_box"] and given["form"]:
+        raise ValueError(f"--black-box prints text alone: leave out --{given['form']}")
     if not radius > 0:
         raise ValueError(f"eps={given['eps']}: a radius above 0 is needed")
     preprocessing = {k: _numbers(k, given[k]) for k in ("mean", "std")}
@@ -592,6 +603,7 @@ def _audit(say, start: float, given: dict) -> int:
     tell(f"images: {shape}; preprocessing in the model: {loaded.transform}")
     said = f"weights: {'; '.join(loaded.said)}\n" if loaded.said else ""
     tell(f"{said}outputs: {len(outputs)}; class order: {how}")
+    how_made = {"seed": str(given["seed"]), "preprocessing": str(loaded.transform), "class order": how}
     clean, wrong = a.first_look(loaded, order, images.images, images.labels, outputs)
     if wrong and not random:
         raise ValueError(wrong)
@@ -640,7 +652,9 @@ def _audit(say, start: float, given: dict) -> int:
     found.outcomes.save(folder / "outcomes.safetensors")
     if given["images"]:
         found.images().to_csv(folder / "images" / "images.csv", index=False)
-    page = found.html(folder / "audit.html", show.made(net, images.images, images.labels, radius=given["eps"]))
+    page = found.html(
+        folder / "audit.html", show.made(net, images.images, images.labels, radius=given["eps"], **how_made)
+    )
     form = given["form"]
     say("print", show.rendered(form, found.answer) if form else f"{show.text(found)}\n\n{page}")
     status, why = show.status(found.answer, given["fail_below"])

@@ -433,6 +433,7 @@ class RunConfig(_Strict):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and attacks")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    devices: int = Field(1, ge=1, description="processes that share each batch, a device each")
     engine: Literal["auto", "eager", "compile", "graph"] = Field(
         "auto", description="how a step is computed; auto: eager on the CPU, one CUDA graph on a GPU"
     )
@@ -473,6 +474,8 @@ class RunConfig(_Strict):
                         f"{field}={given:g}: training_attack='n-fgsm' takes one step of the size eps={self.eps:g}, "
                         f"so leave out {field}"
                     )
+        if self.batch_size % self.devices:
+            raise ValueError(f"batch_size={self.batch_size} cannot be divided by devices={self.devices}")
         if "clean" in self.attacks:
             raise ValueError("the attack name 'clean' is taken: clean images are always evaluated")
         if self.remake is not None and self.parent is None:

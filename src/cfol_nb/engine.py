@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cfol_nb.attacks import as_float, evaluating, n_fgsm, pgd
 from cfol_nb.config import RunConfig
 from cfol_nb.data import augment, jitter
+from cfol_nb.distributed import gather, mean_, parallel, running, world
 from cfol_nb.methods import Batch
 from cfol_nb.objectives import TemporalEnsemble
 
@@ -27,7 +28,9 @@ def choose_engine(config: RunConfig, device: torch.device) -> str:
 
     What cannot be had here is replaced, with a warning that says why.
     """
-    wanted = config.engine
+    wanted = "eager" if config.engine == "auto" and world() > 1 else config.engine  # a graph records no communication
+    if wanted == "graph" and world() > 1:
+        raise ValueError(f"engine='graph' is for one device: devices={world()} needs 'eager' or 'compile'")
     if wanted == "auto":
         return "graph" if device.type == "cuda" else "eager"
     if wanted == "graph" and device.type != "cuda":
@@ -95,7 +98,8 @@ def make_step(
     ensemble: TemporalEnsemble | None = None,
     teacher: nn.Module | None = None,
 ) -> StepFunction:
-    """The step: (pixels (n, C, H, W) uint8, y (n,), index (n,)) -> (mean loss, `Batch`), and the weights have moved.
+    """The step: (pixels (n, C, H, W) uint8, y (n,), index (n,)) -> (mean loss, `Batch`), and the weights have moved. Of
+    several ranks each gives its share, and gets the loss and the batch of all.
 
     Crop, flip, jitter, attack, forward, backward, optimiser; drawing and telling the method are the caller's.
     """
@@ -108,6 +112,7 @@ def make_step(
         frozen = Frozen(model, half)
         torch.compiler.reset()  # what earlier runs compiled counts towards a limit, beyond which nothing is
         attacked, trained = (torch.compile(net, dynamic=False) for net in (frozen.model, model))
+    alone, trained, moving = trained, parallel(trained), running(model)
 
     asks = method.asks | objective.asks
 
@@ -156,12 +161,15 @@ def make_step(
             x_adv = objective.images(functools.partial(attack, x, known, taught[0], right), x, y)
             given = trained, x, x_adv, y, adjust, method.boundary(y), config.label_smoothing
             given += (taught,) if objective.needs_teacher else ()
-            old = None if config.awp is None else perturb(lambda: objective(*given)[0].mean())
+            old = None if config.awp is None else perturb(lambda: objective(alone, *given[1:])[0].mean())
             losses, logits, clean = objective(*given)
+        mean_(moving)
+        losses = gather(losses)  # from here on it is the whole batch, on every rank
         if ensemble is not None:
-            losses = losses + ensemble(index, known.clean, wide(logits))
+            losses = losses + ensemble(gather(index), gather(known.clean), gather(wide(logits)))
         batch = known._replace(logits=wide(logits), right=torch.stack(right, 1) if right else None)
         batch = batch if clean is None else batch._replace(clean=wide(clean))
+        batch = Batch(*map(gather, batch))
         weight = method.weigh(batch)
         loss = method.reduce(losses if weight is None else losses * weight.to(losses), batch)
         optimizer.zero_grad(set_to_none=True)
@@ -178,7 +186,7 @@ def make_step(
         `awp` times their length, biases and normalisation stay. Returns parameters and what they were."""
         weights, statistics = [p for p in model.parameters() if p.requires_grad and p.ndim > 1], [*model.buffers()]
         before = [b.clone() for b in statistics]
-        gradients = torch.autograd.grad(loss(), weights)
+        mean_(gradients := torch.autograd.grad(loss(), weights))
         with torch.no_grad():
             torch._foreach_copy_(statistics, before)
             old = {w: w.clone() for w in weights}

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -37,6 +38,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from cfol_nb import __version__, distributed, executors
 from cfol_nb.attacks import one_thread, repeating
 from cfol_nb.config import RunConfig, as_attack, choose, method_parts
 from cfol_nb.data import DataSet, ImageSet, Skipped, fingerprint, prepare
@@ -55,6 +57,7 @@ from cfol_nb.files import (
     digest,
     read_json,
     read_tensors,
+    replacing,
     runs_dir,
     sync,
     write_json,
@@ -178,11 +181,12 @@ class Run:
         )
 
 
-def resolve(config: RunConfig) -> RunConfig:
-    """The configuration, and those of its parent and teacher, with the device decided."""
-    update: dict = {k: resolve(run) for k, run in config.sources().items()}
+def resolve(config: RunConfig, cuda: bool | None = None) -> RunConfig:
+    """The configuration, and those of its parent and teacher, with the device decided. cuda: whether runs have a GPU,
+    by default whether there is one here."""
+    update: dict = {k: resolve(run, cuda) for k, run in config.sources().items()}
     if config.device == "auto":
-        update["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        update["device"] = "cuda" if (torch.cuda.is_available() if cuda is None else cuda) else "cpu"
     return config.model_copy(update=update)
 
 
@@ -293,16 +297,23 @@ def _work(
 ) -> None:
     """Compute one run into its folder, unless another process did so in the meantime or, with `anew`, in any case."""
     config, path = RunConfig.model_validate_json(config_json), Path(folder)
+    if config.devices > 1 and distributed.launched() == 1:
+        distributed.launch(config, config_json, folder, str(checkpoint_every), str(int(anew)))
+        return
     kept = _Progress(path / "progress")
 
     def both(done: int, total: int) -> None:
-        kept(done, total)
+        if not distributed.rank():
+            kept(done, total)
         if report:
             report(done, total)
 
-    with threads(config), alone(path / ".lock", path.name):
-        if anew or not current(path, config):
-            _compute(config, path, checkpoint_every, both)
+    with threads(config), distributed.group(config):
+        lead = not distributed.rank()  # which writes
+        with alone(path / ".lock", path.name) if lead else contextlib.nullcontext():
+            if distributed.first(lead and (anew or not current(path, config))):
+                _compute(config, path, checkpoint_every, both)
+            distributed.first(None)  # the others go on once all is written
 
 
 def threads(config: RunConfig) -> contextlib.AbstractContextManager:
@@ -368,14 +379,17 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
     )
     start = time.perf_counter()
     model, found = new_model(config, train_images).to(config.device), {}
-    for which, weights in trained.weights.items():
-        if which == "selected" and trained.selected_epoch == config.epochs:
-            found[which] = found["last"]  # the same weights
-            continue
-        model.load_state_dict(weights)
+    same = trained.selected_epoch == config.epochs  # the same weights as the last ones
+    kinds = [w for w in trained.weights if not (same and w == "selected")]
+    for which in kinds[distributed.rank() :: config.devices]:
+        model.load_state_dict(trained.weights[which])
         found[which] = evaluate(
             model, data.test.images, data.test.labels, config.attacks, class_names=data.class_names, seed=config.seed
         )
+    found = {which: outcomes for part in distributed.every(found) for which, outcomes in part.items()}
+    found = {which: found[which if which in kinds else "last"] for which in trained.weights}
+    if distributed.rank():
+        return
     new = folder / ".new"  # all of it, before anything that is stored gives way
     write_tensors(
         new / "outcomes.safetensors",
@@ -415,8 +429,6 @@ def _compute(config: RunConfig, folder: Path, checkpoint_every: int, report: Cal
         },
     )
     _replace(folder, new)
-    for leftover in (checkpoint, folder / "progress"):
-        leftover.unlink(missing_ok=True)
 
 
 def _replace(folder: Path, new: Path) -> None:
@@ -434,6 +446,8 @@ def _replace(folder: Path, new: Path) -> None:
         os.replace(new / name, folder / name)
     sync(folder)
     shutil.rmtree(new)
+    for leftover in ("checkpoint.safetensors", "progress"):
+        (folder / leftover).unlink(missing_ok=True)
 
 
 def _start_worker(devices, threads: int, environment: dict[str, str], interrupt: signal.Handlers) -> None:
@@ -471,6 +485,11 @@ def _main_not_imported() -> Iterator[None]:
         main.__dict__.update(saved)
 
 
+def _threads(configs: Sequence[RunConfig]) -> int:
+    """Of each run: one if all are in float64, else those that torch has here."""
+    return 1 if all(c.dtype == "float64" for c in configs) else torch.get_num_threads()
+
+
 def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
     """Local processes for these runs, or None if they are better computed here, one after another.
 
@@ -482,10 +501,12 @@ def _pool(configs: Sequence[RunConfig]) -> ProcessPoolExecutor | None:
     makers += [METHODS[part["name"]] for c in configs for part in method_parts(c.method)]
     if not all(m.__module__.startswith("cfol_nb.") for m in makers):
         return None  # registered by the user's own code, which a new process lacks
+    if distributed.launched() > 1:
+        return None  # all of them belong to one run
     cuda = any(c.device == "cuda" for c in configs)
-    each = 1 if all(c.dtype == "float64" for c in configs) else torch.get_num_threads()
+    each = _threads(configs)
     limit = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0)) // each
-    workers = min(limit, len(configs))
+    workers = min(limit // max(c.devices for c in configs), len(configs))
     if workers < 2:
         return None
     context = multiprocessing.get_context("forkserver")  # workers begin with the libraries, not with this package,
@@ -524,7 +545,7 @@ def _reason(error: BaseException) -> str:
 
 def compute(
     configs: Sequence[RunConfig],
-    executor: Executor | None = None,
+    executor: Executor | str | None = None,
     *,
     checkpoint_every: int = 1,
     recompute: bool = False,
@@ -533,14 +554,20 @@ def compute(
 
     Those that were computed by other code (see `files.code_hash`) are computed anew; recompute: all of them are, but
     not their parents. What was stored stays until the new run is whole.
-    executor: any `concurrent.futures.Executor` whose workers see the same run store; by default local processes.
+    executor: any `concurrent.futures.Executor`, or one by name (see `executors.connect`), by default the one that
+    CFOL_NB_EXECUTOR names, else local processes.
+    Its workers need this package in the same version, and the data; the run store they need not share.
     checkpoint_every: epochs between two checkpoints (0: none), from which an interrupted run goes on.
     Everything is checked before work starts: ValueError or FileNotFoundError for what cannot run. A run that fails does
     not stop the others: RunsFailed at the end names the reasons, and holds the runs that are whole.
     """
-    configs = [resolve(c) for c in configs]
+    if isinstance(executor := executors.chosen(executor), str):
+        with executors.connect(executor, _threads(configs)) as pool:
+            return compute(configs, pool, checkpoint_every=checkpoint_every, recompute=recompute)
+    cuda = getattr(executor, "cuda", None)
+    configs = [resolve(c, cuda) for c in configs]
     for config in configs:
-        check(config)
+        check(config, cuda)
     folders = {c.key(): folder_of(c) for c in configs}
     missing = {c.key(): c for c in configs if recompute or not current(folders[c.key()], c)}
     before = {k: _made(folders[k]) for k in missing}
@@ -574,8 +601,16 @@ def compute(
                 done = _made(folders[key]) not in (0, before[key])
                 return 1.0 if done else _Progress.read(folders[key] / "progress")
 
+            def sent(key: str) -> tuple:
+                sources = [Run.load(folder_of(run)) for run in missing[key].sources().values()]
+                files = {k: v for run in sources for k, v in _parcel(run)[1].items()}
+                return files, _compute_there, jobs[key][0], folders[key].name, checkpoint_every, recompute
+
+            def keep(key: str, files: dict[str, bytes]) -> None:
+                _take(folders[key], files)
+
             work = functools.partial(_work, anew=recompute)
-            reasons |= _do_all(work, jobs, list(missing.values()), share, executor, progress)
+            reasons |= _do_all(work, jobs, list(missing.values()), share, executor, progress, sent, keep)
     runs = []
     for key in (c.key() for c in configs):
         if key not in reasons:
@@ -589,11 +624,19 @@ def compute(
 
 
 def _do_all(
-    work: Callable, jobs: dict[str, tuple], configs: list[RunConfig], share: Callable[[str], float], executor, progress
-) -> dict[str, BaseException]:
+    work: Callable,
+    jobs: dict[str, tuple],
+    configs: list[RunConfig],
+    share: Callable[[str], float],
+    executor: Executor | None,
+    progress,
+    sent: Callable[[str], tuple],
+    keep: Callable[[str, dict[str, bytes]], None],
+) -> dict[str, str | BaseException]:
     """Call `work` with the arguments of every job, in processes where that pays; the reasons of those that failed.
 
-    configs: of the jobs. share: how much of a job is done, 1 once its result is stored.
+    configs: of the jobs. share: how much of a job is done, 1 once its result is stored. sent: what an executor is given
+    for a job, see `_there`. keep: stores what comes back from it.
     """
     own = executor is None
     if own and (executor := _pool(configs)) is None:
@@ -611,12 +654,19 @@ def _do_all(
         return reasons
 
     reasons, todo = {}, list(jobs)
+
+    def submit(key: str) -> Future:
+        if own:
+            return executor.submit(work, *jobs[key])
+        teller = executor.teller(key) if hasattr(executor, "teller") else None
+        return executor.submit(_there, (__version__, code_hash()), teller, *sent(key))
+
     try:
         for attempt in (1, 2):
             signals: list[int] = []
             try:  # a process that is half begun when its parent is stopped would end with a traceback
                 with _main_not_imported() if own else contextlib.nullcontext(), _listening() as signals:
-                    futures: dict[Future, str] = {executor.submit(work, *jobs[key]): key for key in todo}
+                    futures: dict[Future, str] = {submit(key): key for key in todo}
             finally:
                 for number in signals[:1]:
                     signal.raise_signal(number)
@@ -629,7 +679,15 @@ def _do_all(
                         todo.append(key)  # a process died, perhaps another job's: once more, from its checkpoint
                     elif error is not None:
                         reasons[key] = error
-                progress.update(sum(map(share, jobs)) - progress.n)
+                    elif isinstance(future.result(), str):
+                        reasons[key] = future.result()
+                    elif not own:
+                        try:
+                            keep(key, future.result())
+                        except OSError as full:
+                            reasons[key] = full
+                told = executor.shares() if hasattr(executor, "shares") else {}
+                progress.update(sum(max(share(key), told.get(key, 0.0)) for key in jobs) - progress.n)
             if not todo:
                 break
             executor = _pool(configs)
@@ -642,6 +700,64 @@ def _do_all(
         if own:
             executor.shutdown(wait=True, cancel_futures=True)
     return reasons
+
+
+# -- at a worker that may share nothing with who asks ------------------------------------------------------------------
+
+
+def _there(version: tuple[str, str], teller, files: dict[str, bytes], work: Callable, *args) -> dict[str, bytes] | str:
+    """What `work` stores, as files; or why there is nothing, in a sentence. files: what it needs, by their paths below
+    the folder of runs. version: of the package that asks."""
+    own, where = (__version__, code_hash()), f"on worker {platform.node()}"
+    if own != tuple(version):
+        return f"{where} cfol-nb is {'{} ({})'.format(*own)}, here {'{} ({})'.format(*version)}: install the same"
+    try:
+        for folder in {Path(path).parent for path in files}:
+            _take(runs_dir() / folder, {Path(k).name: v for k, v in files.items() if Path(k).parent == folder})
+        return work(*args, teller)
+    except Exception as error:
+        if not isinstance(error, ValueError | FileNotFoundError):
+            traceback.print_exc()  # into the worker's log
+        return f"{where}: {_reason(error)}"
+
+
+def _parcel(run: Run) -> tuple[str, dict[str, bytes]]:
+    """A stored or published run for `_there`: the path that `_load` takes there, and its files."""
+    root, names = run.folder, FILES
+    if root.suffix == ".json":
+        from cfol_nb.suite import _weights
+
+        root, names = root.parent, (root.name, str(_weights(root).relative_to(root.parent)))
+    at = "sent" if root != run.folder else f"store/{root.name}"
+    path = f"{at}/{run.folder.name}" if at == "sent" else at
+    return path, {f"{at}/{name}": (root / name).read_bytes() for name in names}
+
+
+def _take(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Files from elsewhere enter a folder, those of a run together and as `_compute` would put them; not again if they
+    are there."""
+    with alone(folder / ".lock", folder.name):
+        if any(not (folder / k).exists() or (folder / k).read_bytes() != v for k, v in files.items()):
+            run = files.keys() >= set(FILES)
+            for name, content in files.items():
+                with replacing((folder / ".new" if run else folder) / name) as part:
+                    part.write_bytes(content)
+            if run:
+                _replace(folder, folder / ".new")
+
+
+def _compute_there(config_json: str, name: str, checkpoint_every: int, anew: bool, report=None) -> dict[str, bytes]:
+    config, folder = RunConfig.model_validate_json(config_json), runs_dir() / "store" / name
+    if name_of(config, fingerprint(config.dataset)) != name:
+        raise ValueError(f"the images of {config.dataset} are not those of who asks: copy them with their times")
+    _work(config_json, str(folder), checkpoint_every, report, anew=anew)
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def _judge_there(run: str, which: str, name: str, attack: dict, report=None) -> dict[str, bytes]:
+    path = _verdict(_load(runs_dir() / run), which, name, attack)
+    _judge(str(runs_dir() / run), which, name, attack, str(path))
+    return {path.name: path.read_bytes()}
 
 
 # -- further attacks on stored weights ---------------------------------------------------------------------------------
@@ -713,16 +829,19 @@ def verdicts(run: Run, which: str) -> dict[str, tuple[Outcomes, dict]]:
 
 
 def judge(
-    runs: Sequence[Run], attacks: Mapping[str, Mapping], which: str = "last", executor: Executor | None = None
+    runs: Sequence[Run], attacks: Mapping[str, Mapping], which: str = "last", executor: Executor | str | None = None
 ) -> list[Outcomes]:
     """Outcomes of stored weights under further attacks, in order: those of the run, then those asked for.
 
     attacks: name -> options, as for `evaluate`; a name is a word. Each verdict is stored with its run, and loaded if
     the same was asked before; `suite.publish` publishes it. Missing ones are computed in parallel; AutoAttack, if it
-    was killed, goes on where it was.
+    was killed, goes on where it was. executor: as for `compute`.
     Raises ValueError for an attack that cannot be, or has the name of one of the run's own; RunsFailed with the reasons
     if some fail.
     """
+    if isinstance(executor := executors.chosen(executor), str):
+        with executors.connect(executor, _threads([run.config for run in runs])) as pool:
+            return judge(runs, attacks, which, pool)
     asked = {}
     for name, options in attacks.items():
         if not re.fullmatch(r"[\w-]+", name):
@@ -747,7 +866,18 @@ def judge(
     if jobs:
         configs = [run.config for run in lacking]
         with bar(len(jobs), "judged") as progress:
-            reasons = _do_all(_judge, jobs, configs, lambda path: float(Path(path).exists()), executor, progress)
+
+            def sent(key: str) -> tuple:
+                path, files = _parcel(lacking[list(jobs).index(key)])
+                return files, _judge_there, path, *jobs[key][1:4]
+
+            def keep(key: str, files: dict[str, bytes]) -> None:
+                _take(Path(key).parent, files)
+
+            def share(key: str) -> float:
+                return float(Path(key).exists())
+
+            reasons = _do_all(_judge, jobs, configs, share, executor, progress, sent, keep)
         if reasons:
             failed = {str(Path(k).parent) for k in reasons}
             named = {f"{Path(k).parent.name} under {jobs[k][2]}": v for k, v in reasons.items()}

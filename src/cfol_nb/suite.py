@@ -8,6 +8,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,7 @@ from cfol_nb.autoattack import Evaluation, interleaved
 from cfol_nb.checks import IMAGES, PASSES, said
 from cfol_nb.config import AutoAttack, RunConfig, choose, keywords, method_parts
 from cfol_nb.data import prepare
+from cfol_nb.executors import chosen, connect
 from cfol_nb.features import remake_steps
 from cfol_nb.files import ROOT, Corrupt, data_dir, digest, read_json, read_tensors, runs_dir, write_json, write_tensors
 from cfol_nb.methods import METHODS as METHOD_TYPES
@@ -27,6 +29,7 @@ from cfol_nb.runs import (
     Run,
     RunsFailed,
     _Progress,
+    _threads,
     agree,
     compute,
     correct,
@@ -310,44 +313,58 @@ def suite(
     say: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
     recompute: bool = False,
+    executor: Executor | str | None = None,
 ) -> Iterator[Run]:
     """Yields each run once it is whole and published. A run that the remaining time cannot hold is not started.
 
     What is stored is loaded, unless other code computed it or `recompute` is asked for; an interrupted run goes on from
-    its checkpoint. Everything is checked before work starts.
+    its checkpoint. Everything is checked before work starts. executor: as for `compute`; as many runs as it has places
+    for are started together, the next ones once these are whole.
     """
+    if isinstance(executor := chosen(executor), str):
+        with connect(executor, _threads(configs)) as pool:
+            yield from suite(configs, minutes, results, say, clock, recompute, pool)
+        return
     end, results = clock() + 60 * minutes, results or ROOT / "results"
     results.mkdir(parents=True, exist_ok=True)
-    configs = [resolve(c) for c in configs]
+    cuda, places = getattr(executor, "cuda", None), getattr(executor, "places", 1)
+    configs = [resolve(c, cuda) for c in configs]
     for config in configs:
-        check(config)
+        check(config, cuda)
     known: dict[str, float] = {}
-    for config in configs:
-        folder = folder_of(config)
-        if recompute or not current(folder, config):
-            kind = config.model_copy(update={"seed": 0}).key()
-            left = end - clock()
-            if left <= 0:
-                say(f"{folder.name}: not started, the time is up")
-                continue
-            done = _Progress.read(folder / "progress")  # of an interrupted run
-            try:
-                needed = (1 - done) * (known[kind] if kind in known else estimate(config))
+    for i in range(0, len(configs), places):
+        started, fresh = [], []
+        for config in configs[i : i + places]:
+            folder, kind = folder_of(config), config.model_copy(update={"seed": 0}).key()
+            if recompute or not current(folder, config):
                 left = end - clock()
+                if left <= 0:
+                    say(f"{folder.name}: not started, the time is up")
+                    continue
+                done = _Progress.read(folder / "progress")  # of an interrupted run
+                try:
+                    if kind not in known and (config.device == "cpu" or torch.cuda.is_available()):
+                        known[kind] = estimate(config)
+                except FloatingPointError as failed:
+                    say(f"{folder.name}: {failed}")
+                    continue
+                needed, left = (1 - done) * known.get(kind, 0.0), end - clock()
                 if needed > left:
                     say(f"{folder.name}: not started, it needs about {needed:.0f} s and {max(left, 0):.0f} s are left")
                     continue
-                start = clock()
-                (run,) = compute([config], recompute=recompute)
-            except (RunsFailed, FloatingPointError) as failed:
-                say(f"{folder.name}: {failed}")
-                continue
-            if not done:
-                known[kind] = clock() - start
+                fresh += [kind] if not done else []
+            started.append(config)
+        start = clock()
+        try:
+            runs = compute(started, executor=executor, recompute=recompute) if started else []
+        except RunsFailed as failed:
+            say(f"{folder_of(started[0]).name}: {failed}" if len(started) == 1 else str(failed))
+            runs = failed.runs
         else:
-            (run,) = compute([config])
-        path = publish(run, results)
-        last, pace = run.outcomes["last"], run.provenance["seconds"]["training"] / config.epochs
-        verdict = said(last.checks.get(last_attack(last)))
-        say(f"{folder.name}: {pace:.2f} s per epoch, {path.name}. {verdict}".strip())
-        yield run
+            known |= dict.fromkeys(fresh, clock() - start)
+        for run in runs:
+            path = publish(run, results)
+            last, pace = run.outcomes["last"], run.provenance["seconds"]["training"] / run.config.epochs
+            verdict = said(last.checks.get(last_attack(last)))
+            say(f"{run.folder.name}: {pace:.2f} s per epoch, {path.name}. {verdict}".strip())
+            yield run

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cfol_nb import distributed
 from cfol_nb.attacks import repeating
 from cfol_nb.config import RunConfig, method_parts, of_its_kind, options
 from cfol_nb.data import ImageSet
@@ -38,8 +39,9 @@ def _context(config: RunConfig, objective, per_epoch: int = 0) -> Context:
     return Context(config.epochs, per_epoch, beta, config.eps, config.step, config.steps, config.optimizer)
 
 
-def check(config: RunConfig) -> None:
-    """Raises ValueError, before any work, for a model, objective or method that is unknown or refuses its options."""
+def check(config: RunConfig, cuda: bool | None = None) -> None:
+    """Raises ValueError, before any work, for a model, objective or method that is unknown or refuses its options.
+    cuda: whether there is a GPU where the run will be computed, by default here."""
     own = options("objective", config.objective, OBJECTIVES)
     with of_its_kind("objective", config.objective):
         objective = OBJECTIVES[config.objective["name"]](**own)
@@ -82,8 +84,10 @@ def check(config: RunConfig) -> None:
         raise ValueError(f"model {config.model} has layers without weights: larger options are needed")
     if (needed := 16 * sum(sizes)) > memory:  # weights, gradients, momentum and a copy, of 4 bytes each or more
         raise ValueError(f"model {config.model} needs {needed >> 30} GiB: this machine has {memory >> 30} GiB")
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if config.device == "cuda" and not (torch.cuda.is_available() if cuda is None else cuda):
         raise ValueError("device='cuda', but torch sees no CUDA device: use device='cpu' or 'auto'")
+    if config.device == "cuda" and cuda is None and config.devices > (here := torch.cuda.device_count()):
+        raise ValueError(f"devices={config.devices}, but torch sees {here} CUDA device(s)")
 
 
 def code_of(config: RunConfig) -> str:
@@ -121,6 +125,11 @@ def _generators(device: torch.device) -> list[torch.Generator]:
         return [torch.default_generator]
     current = torch.cuda.current_device()  # which starts CUDA: before it there are no generators
     return [torch.default_generator, torch.cuda.default_generators[current]]
+
+
+def _own_seed(seed: int) -> int:
+    """A seed of this rank's own; the first has the given one."""
+    return (seed + (distributed.rank() << 32)) % 2**63
 
 
 @contextlib.contextmanager
@@ -261,9 +270,11 @@ def train(
     Raises Stopped after Ctrl-C or SIGTERM, Corrupt for a damaged or foreign checkpoint, FloatingPointError if the loss
     is no longer finite, ValueError for a batch larger than the split.
     """
+    if distributed.world() != config.devices:
+        raise ValueError(f"devices={config.devices}, but this run has {distributed.world()} process(es)")
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     # the global generators only serve layers that draw, such as dropout; cuDNN must repeat itself
-    with _seeded(config.seed, device), repeating(torch.backends.cudnn.allow_tf32):
+    with _seeded(_own_seed(config.seed), device), repeating(torch.backends.cudnn.allow_tf32):
         return _train(
             config, device, images, held, crop, flip, checkpoint, checkpoint_every, progress, initial, teacher
         )
@@ -358,7 +369,8 @@ def _train(
     graphed = engine == "graph"  # whose learning rate must lie on the device
     rate = torch.tensor(config.lr, device=device) if graphed else config.lr
     optimizer = _optimizer(config, model.parameters(), rate, graphed)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    generator = torch.Generator(device).manual_seed(_own_seed(config.seed))
+    mine = distributed.share(batch)
     pixels, labels = images.images.to(device), images.labels.to(device)
     low_precision = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
@@ -374,6 +386,9 @@ def _train(
     met = torch.zeros(2, k, dtype=torch.int64, device=device)  # drawn in this epoch, and right under its attack
 
     def save() -> None:
+        states = [distributed.every(g.get_state()) for g in (generator, *_generators(device))]
+        if distributed.rank():
+            return
         tensors: dict[str, Tensor] = {}
         tree = _flatten(
             {
@@ -384,14 +399,14 @@ def _train(
                 "method": method.state_dict(),
                 "ensemble": ensemble.state_dict() if ensemble is not None else {},
                 "optimizer": optimizer.state_dict(),
-                "generator": generator.get_state(),
+                "generator": torch.stack(states[0]) if config.devices > 1 else states[0][0],
                 "step": step,
                 "history": json.dumps(history),
                 "best": best,
                 "sum_loss": sum_loss,
                 "met": met,
                 "seconds": [time.perf_counter() - start, looking],
-                "global": [g.get_state() for g in _generators(device)],
+                "global": [torch.stack(s) if config.devices > 1 else s[0] for s in states[1:]],
             },
             "",
             tensors,
@@ -424,13 +439,16 @@ def _train(
             own |= {k: torch.empty_like(p).copy_(v) for k, v in own.items() if v is not None and v.shape == p.shape}
         for group in optimizer.param_groups if graphed else ():
             group["lr"] = rate
-        generator.set_state(state["generator"])
+        (generator_state, *others) = (
+            s[distributed.rank()] if config.devices > 1 else s for s in (state["generator"], *state["global"])
+        )
+        generator.set_state(generator_state)
         selected, step, best = state["selected"], state["step"], tuple(state["best"])
         history, sum_loss = json.loads(state["history"]), state["sum_loss"].to(device)
         met.copy_(state["met"])
         start, looking = start - state["seconds"][0], state["seconds"][1]
         with sharing:
-            for g, old in zip(_generators(device), state["global"], strict=True):
+            for g, old in zip(_generators(device), others, strict=True):
                 g.set_state(old)
 
     compute_step = make_step(
@@ -448,11 +466,17 @@ def _train(
         against = {"eps": config.eps, "step": way / steps, "steps": steps, "norm": config.norm}
         try:
             with low_precision:  # it only selects; the test is evaluated in full precision
-                outcomes = evaluate(model, held.images, held.labels, {"robust": against}, seed=epoch, checks=0)
+                part, seed = slice(distributed.rank(), None, config.devices), _own_seed(epoch)
+                images, labels = held.images[part], held.labels[part]
+                outcomes = evaluate(
+                    model, images, labels, {"robust": against}, class_names=range(k), seed=seed, checks=0
+                )
+                outcomes = distributed.merged(outcomes, held.labels)
                 report = {}
                 if "losses" in method.asks:
                     against["loss"] = "kl" if objective.attack_loss in ("kl", "teacher") else "ce"
-                    report = class_losses(model, held.images, held.labels, k, against, epoch)
+                    report = class_losses(model, images, labels, k, against, seed)
+                    report = distributed.class_means(report, labels, held.labels)
         except FloatingPointError as error:
             raise FloatingPointError(f"{diverged} {epoch}: {error}") from error
         for a in ("clean", "robust"):
@@ -477,7 +501,7 @@ def _train(
             y = labels[index]
             if ensemble is not None:
                 ensemble.at(step / total)
-            loss, told = compute_step(pixels[index], y, index)
+            loss, told = compute_step(pixels[index[mine]], y[mine], index[mine])
             method.after_step(told)  # the loss at the parameters before the step
             if averaged is not None:
                 _average(averaged, model, min(config.ema, (1 + step) / (10 + step)))
@@ -523,10 +547,10 @@ def _train(
                     save()
             if progress:
                 progress(step, total)
-            if signals:
+            if number := distributed.largest(signals[0] if signals else 0):
                 if checkpoint and checkpoint_every:
                     save()
-                raise Stopped(f"stopped by {signal.Signals(signals[0]).name} after step {step} of {total}")
+                raise Stopped(f"stopped by {signal.Signals(number).name} after step {step} of {total}")
     weights = {"last": _copy(model.state_dict()), "selected": selected}
     if averaged is not None:
         weights["ema"] = _copy(averaged.state_dict())

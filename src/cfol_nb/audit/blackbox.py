@@ -59,7 +59,8 @@ def black_box(
                 size = d.abs().amax(1) if norm == "linf" else d.norm(dim=1)
                 told = torch.where(size <= spec.eps, answers(model(found), y[left]), y[left])
                 after["hopskipjump"][rows[left]] = told.cpu()
-    out = Outcomes(labels.numpy(), {"clean": clean.numpy()}, tuple(class_names))
+    k = int(labels.max()) + 1  # after them outputs that no image is of, which compete
+    out = Outcomes(labels.numpy(), {"clean": clean.numpy()}, tuple(class_names[:k]), others=tuple(class_names[k:]))
     about = {"eps": spec.eps, "norm": norm, "seed": seed}
     out.add("square", after["square"].numpy(), {**about, "queries": queries})
     out.add("hopskipjump", after["hopskipjump"].numpy(), {**about, "after": "square", "steps": STEPS})
