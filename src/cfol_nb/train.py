@@ -440,7 +440,7 @@ def _train(
         for group in optimizer.param_groups if graphed else ():
             group["lr"] = rate
         (generator_state, *others) = (
-            s[distributed.rank()] if config.devices > 1 else s for s in (state["generator"], *state["global"])
+            s[distributed.rank()].clone() if config.devices > 1 else s for s in (state["generator"], *state["global"])
         )
         generator.set_state(generator_state)
         selected, step, best = state["selected"], state["step"], tuple(state["best"])
