@@ -126,7 +126,7 @@ def coverage(
 def simulations(name: str) -> int:
     accuracy, _, how = (CASES | FRESH)[name]
     k = len(accuracy(np.random.default_rng(0)) if callable(accuracy) else accuracy)
-    return (400 if how.get("runs") else 600) if k < 40 else 200 if k < 500 else 60
+    return (300 if how.get("runs") else 600) if k < 40 else 150 if k < 500 else 40
 
 
 def case(name: str) -> tuple[dict[str, float], dict[str, float]]:
