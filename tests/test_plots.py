@@ -50,6 +50,7 @@ def figures(names, empty=False) -> dict:
         "radii": lambda: plots.radii(table, names[1]),
         "confusion": lambda: plots.confusion(np.ones((k, k)) * (1 - np.eye(k)[-1] * empty)[:, None], names),
         "gallery": lambda: plots.gallery(x, x, names, names, np.full(k, 0.1)),
+        "images": lambda: plots.images(x, names, names),
         "deviations": lambda: plots.deviations(groups),
         "cosine_matrix": lambda: plots.cosine_matrix(cosines),
         "curves": lambda: plots.curves(table),

@@ -10,10 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,10 +27,12 @@ def launched() -> int:
 
 
 def world() -> int:
+    """Processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Which of them this is: 0, 1, ..."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
@@ -53,23 +52,6 @@ def group(config: RunConfig) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     atexit.register(dist.destroy_process_group)  # runs that follow use it, too
     yield
-
-
-def launch(config: RunConfig, *args: str) -> None:
-    """This module's command line in as many processes as the run has devices. RuntimeError with the reason if they
-    fail; they are ended if this process is interrupted."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.devices}"]
-    process = subprocess.Popen(
-        [*words, "-m", __name__, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        said, log = process.communicate()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    if process.returncode:
-        raise RuntimeError((said.strip() or log.strip()).splitlines()[-1])
 
 
 def share(n: int) -> slice:
@@ -139,6 +121,7 @@ def first(value):
 
 
 def largest(number: int) -> int:
+    """The largest of the numbers that the ranks have."""
     if world() == 1:
         return number
     dist.all_reduce(t := torch.tensor(number), dist.ReduceOp.MAX)
@@ -166,21 +149,3 @@ def merged(part: Outcomes, labels: Tensor) -> Outcomes:
         for name, values in predictions.items():
             found[name][i :: world()] = values
     return Outcomes(labels.numpy(), found, part.class_names, part.attacks)
-
-
-def main() -> None:
-    """CONFIG FOLDER CHECKPOINT_EVERY ANEW: one run, in a process of `launch`."""
-    from cfol_nb.runs import _work
-
-    config, folder, every_, anew = sys.argv[1:]
-    try:
-        _work(config, str(Path(folder)), int(every_), anew=bool(int(anew)))
-    except Exception as error:
-        if not rank():
-            print(f"{type(error).__name__}: {error}", flush=True)
-        sys.exit(1)
-    os._exit(0)  # all is stored; taking gloo down at the interpreter's exit aborts now and then
-
-
-if __name__ == "__main__":
-    main()

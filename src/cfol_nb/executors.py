@@ -107,6 +107,7 @@ class RayExecutor(Executor):
         return _Teller(self.told, job)
 
     def shares(self) -> dict[str, float]:
+        """Of each job that told: how much of it is done."""
         with contextlib.suppress(self.ray.exceptions.RayError):  # its node has died
             return self.ray.get(self.told.all.remote(), timeout=5)
         return {}

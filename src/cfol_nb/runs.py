@@ -63,6 +63,7 @@ from cfol_nb.files import (
     write_json,
     write_tensors,
 )
+from cfol_nb.launch import launch
 from cfol_nb.methods import METHODS
 from cfol_nb.models import MODELS
 from cfol_nb.objectives import OBJECTIVES
@@ -298,7 +299,7 @@ def _work(
     """Compute one run into its folder, unless another process did so in the meantime or, with `anew`, in any case."""
     config, path = RunConfig.model_validate_json(config_json), Path(folder)
     if config.devices > 1 and distributed.launched() == 1:
-        distributed.launch(config, config_json, folder, str(checkpoint_every), str(int(anew)))
+        launch(config, config_json, folder, str(checkpoint_every), str(int(anew)))
         return
     kept = _Progress(path / "progress")
 
