@@ -32,6 +32,13 @@ class Context:
     optimizer: str = ""  # its name
 
 
+def not_negative(**options: float) -> None:
+    """Raises ValueError for an option that is not a finite number of at least 0."""
+    for name, value in options.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} is not a finite number >= 0")
+
+
 class Batch(NamedTuple):
     """What is known of a step's images. `aim` sees what is known before the attack: index, y, clean, teacher.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cfol_nb.methods import Batch, Method, register
+from cfol_nb.methods import Batch, Method, not_negative, register
 
 
 @register("fawa")
@@ -67,9 +67,7 @@ class CFA(FAWA):
         super().__init__(*run, **named)
         beta, epochs = self.context.beta, self.context.epochs
         lam1 = (0.5 if beta is None else 0.3) if lam1 is None else lam1
-        for what, value in (("lam1", lam1), ("lam2", lam2)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{what}={value} of cfa is not a finite number >= 0")
+        not_negative(lam1=lam1, lam2=lam2)
         self.ccm, self.ccr, self.fawa = ccm, ccr and beta is not None, fawa
         self.lam1, self.lam2, self.beta = lam1, lam2, beta
         self.begin = max(1, round(epochs / 20)) if begin is None else begin

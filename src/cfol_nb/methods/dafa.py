@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cfol_nb.methods import Batch, Method, register
+from cfol_nb.methods import Batch, Method, not_negative, register
 
 LEAST, MOST = 0.1, 2.0  # of a weight, ours
 
@@ -39,8 +39,7 @@ class DAFA(Method):
     def __init__(self, *run, lam: float = 1.0, warm_up: int | None = None, **named):
         super().__init__(*run, **named)
         epochs = self.context.epochs
-        if not 0 <= lam < float("inf"):
-            raise ValueError(f"lam={lam} is not a finite number >= 0")
+        not_negative(lam=lam)
         self.lam, self.warm_up = lam, max(1, round(epochs * self.share)) if warm_up is None else warm_up
         if not 1 <= self.warm_up < (epochs or float("inf")):
             given = f"warm_up={self.warm_up} of {type(self).__name__.lower()}"

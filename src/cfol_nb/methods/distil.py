@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfol_nb.methods import Batch, Method, register
+from cfol_nb.methods import Batch, Method, not_negative, register
 
 
 @register("fair-ard")
@@ -24,8 +24,7 @@ class FairARD(Method):
 
     def __init__(self, *run, beta: float = 2.0, **named):
         super().__init__(*run, **named)
-        if not 0 <= beta < float("inf"):
-            raise ValueError(f"beta={beta} is not a finite number >= 0")
+        not_negative(beta=beta)
         self.beta = beta
         for name in ("survived", "drawn"):
             self.register_buffer(name, torch.zeros(self.num_classes, dtype=torch.float64))
@@ -65,8 +64,7 @@ class ABSLD(Method):
 
     def __init__(self, *run, eta: float = 0.1, **named):
         super().__init__(*run, **named)
-        if not 0 <= eta < float("inf"):
-            raise ValueError(f"eta={eta} is not a finite number >= 0")
+        not_negative(eta=eta)
         self.eta = eta
         self.register_buffer("tau", torch.ones(2, self.num_classes, dtype=torch.float64))  # adversarial, clean
         self.register_buffer("losses", torch.zeros(2, self.num_classes, dtype=torch.float64))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cfol_nb.attacks import margin
-from cfol_nb.methods import Batch, Method, register
+from cfol_nb.methods import Batch, Method, not_negative, register
 
 
 def worst_mixture(a: Tensor, r: float) -> Tensor:
@@ -47,8 +47,7 @@ class FAAL(Method):
 
     def __init__(self, *run, r: float = 0.5, **named):
         super().__init__(*run, **named)
-        if not 0 <= r < float("inf"):
-            raise ValueError(f"r={r} of faal is not a finite number >= 0")
+        not_negative(r=r)
         self.r = r
 
     def weigh(self, batch: Batch) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cfol_nb.methods import Batch, Method, register
+from cfol_nb.methods import Batch, Method, not_negative, register
 
 
 def other_than(y: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -29,9 +29,7 @@ class FairTAT(Method):
 
     def __init__(self, *run, base: float = 0.5, sharpness: float = 2.0, **named):
         super().__init__(*run, **named)
-        for what, value in (("base", base), ("sharpness", sharpness)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{what}={value} is not a finite number >= 0")
+        not_negative(base=base, sharpness=sharpness)
         self.base, self.sharpness = base, sharpness
         for name in ("right", "drawn", "wrong_as", "share"):  # the last: fp
             self.register_buffer(name, torch.zeros(self.num_classes, dtype=torch.float64))

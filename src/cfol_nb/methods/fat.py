@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfol_nb.methods import Batch, Method, register
+from cfol_nb.methods import Batch, Method, not_negative, register
 
 
 @register("fat-ma")
@@ -19,8 +19,7 @@ class FATMa(Method):
 
     def __init__(self, *run, alpha: float = 0.1, **named):
         super().__init__(*run, **named)
-        if not 0 <= alpha < float("inf"):
-            raise ValueError(f"alpha={alpha} is not a finite number >= 0")
+        not_negative(alpha=alpha)
         self.alpha = alpha
 
     def reduce(self, losses: Tensor, batch: Batch) -> Tensor:

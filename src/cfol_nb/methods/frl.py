@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cfol_nb.methods import Batch, Method, register
+from cfol_nb.methods import Batch, Method, not_negative, register
 
 
 @register("frl")
@@ -39,9 +39,7 @@ class FRL(Method):
         **named,
     ):
         super().__init__(*run, **named)
-        for what, value in (("rate", rate), ("margin_rate", margin_rate), ("delta", delta or 0.0)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{what}={value} is not a finite number >= 0")
+        not_negative(rate=rate, margin_rate=margin_rate, delta=delta or 0.0)
         if not 0 <= limit < 1:
             raise ValueError(f"limit={limit} is not in [0, 1): weights could become negative")
         if not most >= 1:

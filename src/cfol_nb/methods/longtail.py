@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cfol_nb.config import choose
-from cfol_nb.methods import Batch, Method, register
+from cfol_nb.methods import Batch, Method, not_negative, register
 from cfol_nb.models import Cosine, last_linear
 from cfol_nb.samplers import ClassSampler
 
@@ -289,8 +289,7 @@ class Focal(Method):
 
     def __init__(self, *run, gamma: float = 1.0, **named):
         super().__init__(*run, **named)
-        if not 0 <= gamma < float("inf"):
-            raise ValueError(f"gamma={gamma} is not a finite number >= 0")
+        not_negative(gamma=gamma)
         self.gamma = gamma
 
     def weigh(self, batch: Batch) -> Tensor:

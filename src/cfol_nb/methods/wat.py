@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cfol_nb.methods import Batch, Method, register
+from cfol_nb.methods import Batch, Method, not_negative, register
 
 
 def hedge(costs: Tensor, eta: float) -> Tensor:
@@ -28,8 +28,7 @@ class WAT(Method):
 
     def __init__(self, *run, eta: float = 0.1, **named):
         super().__init__(*run, **named)
-        if not 0 <= eta < float("inf"):
-            raise ValueError(f"eta={eta} of wat is not a finite number >= 0")
+        not_negative(eta=eta)
         self.eta = eta
         self.register_buffer("costs", torch.zeros(self.num_classes + 1, dtype=torch.float64))
 
